@@ -1,0 +1,96 @@
+"""Arguments made canonical, once for all functions: dtypes, axes, masks, temperature, and the errors they raise."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+Axis = int | tuple[int, ...] | None
+
+
+def as_float(name: str, x: ArrayLike) -> Array:
+    """`x` as a floating-point array: integers and bools become the default float."""
+    if not isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+        raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}.")
+    array = jnp.asarray(x)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool:
+        return array.astype(float)  # JAX reads `float` as float64 under jax_enable_x64 and as float32 otherwise
+    raise TypeError(f"{name} must be real, got dtype {array.dtype}.")
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """The dtype to compute in: float32 for narrower floats, else the dtype itself."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def rounded_once(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Computes `f` in float32 or wider and rounds the results once, to the dtype of its first argument."""
+
+    @functools.wraps(f)
+    def in_compute_dtype(x: Array, *args: Any) -> Any:
+        widen = functools.partial(_convert, compute_dtype(x.dtype))
+        return jax.tree.map(functools.partial(_convert, x.dtype), f(widen(x), *jax.tree.map(widen, args)))
+
+    return in_compute_dtype
+
+
+def _convert(dtype: Any, a: Any) -> Any:
+    return a.astype(dtype) if hasattr(a, "dtype") else a
+
+
+def canonical_axis(name: str, axis: Axis, ndim: int) -> tuple[int, ...]:
+    """`axis` as a sorted tuple of distinct axes in [0, ndim); None means all."""
+    if axis is None:
+        return tuple(range(ndim))
+    try:
+        axes = tuple(operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,)))
+    except TypeError:
+        raise TypeError(f"{name} must be an int, a tuple of ints or None, got {axis!r}.") from None
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ValueError(f"{name}={axis} is out of range for an array with {ndim} dimensions.")
+    canonical = tuple(sorted({a % ndim for a in axes}))
+    if len(canonical) < len(axes):
+        raise ValueError(f"{name}={axis} names an axis twice.")
+    return canonical
+
+
+def masked(x: Array, where: ArrayLike | None, fill: float) -> Array:
+    """`x` with `fill` where the mask is False. What stood there, nan included, leaves no trace in any derivative."""
+    if where is None:
+        return x
+    mask = jnp.asarray(where)
+    if mask.dtype != bool:
+        raise TypeError(f"where must be boolean, got dtype {mask.dtype}.")
+    try:
+        mask = jnp.broadcast_to(mask, x.shape)
+    except ValueError:
+        raise ValueError(f"where must broadcast to the shape {x.shape} of the input, got {mask.shape}.") from None
+    return jnp.where(mask, x, jnp.asarray(fill, x.dtype))
+
+
+def canonical_temperature(temperature: ArrayLike) -> ArrayLike | None:
+    """The temperature, or None for a literal 1, which then costs nothing.
+
+    A value that is known is checked. A traced one cannot be: the functions return nan where it is not positive.
+    """
+    if isinstance(temperature, int | float) and temperature == 1:
+        return None
+    if np.ndim(temperature) != 0:
+        raise ValueError(f"temperature must be a scalar, got shape {np.shape(temperature)}.")
+    try:
+        value = float(temperature)  # pyright: ignore[reportArgumentType]
+    except jax.errors.ConcretizationTypeError:
+        return temperature
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {value}.")
+    return temperature

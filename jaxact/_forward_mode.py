@@ -1,0 +1,131 @@
+"""`forward_mode`: one derivative rule for every mode."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+
+def forward_mode(f: jax.custom_vjp) -> Any:
+    """Gives a `jax.custom_vjp` function a forward mode, so that it works in every mode.
+
+    `jax.custom_vjp` takes one rule, the backward pass, and then refuses `jax.jvp`,
+    `jax.linearize`, `jax.jacfwd` and `jax.hessian`. But the rule already holds all there is to know:
+
+    - the backward pass maps a cotangent ȳ to Jᵀȳ, and it is *linear* in ȳ;
+    - JAX can transpose a linear function, and the transpose of Jᵀ is J;
+    - so the pushforward ẋ ↦ Jẋ is the transposed backward pass.
+
+    Reverse mode transposes once more, arrives at the backward pass as written, and keeps the residuals that
+    the rule keeps. Higher orders differentiate the rule itself, so a rule written in functions with exact
+    derivatives has exact derivatives of every order.
+
+    Args:
+        f: a function decorated with `jax.custom_vjp`. Arguments and results may be pytrees; arguments may be
+            integers, None or named in `nondiff_argnums`, and their cotangents may be None.
+
+    Returns:
+        A `jax.custom_jvp` function with the signature of `f`. Its `defvjp` is that of `f`, so the rule may be
+        defined before or after.
+
+    Raises:
+        TypeError: if `f` is not a `jax.custom_vjp` function, and, when it is differentiated, if its backward
+            pass cannot be transposed: because it is not linear in the cotangent, or because it applies an
+            operation to the cotangent for which JAX has no transpose (`lax.while_loop`, another custom rule, a
+            kernel). A backward pass that adds a constant is not linear either, but transposes without complaint.
+
+    Numerics:
+        The pushforward evaluates the same products as the backward pass. The residuals are wrapped in
+        `jax.checkpoint`, since JAX would otherwise save what the backward pass computes from them. A backward
+        pass that loops with `lax.scan` needs its body wrapped in `jax.checkpoint(..., prevent_cse=False)` too.
+
+    Example:
+        >>> import jax, jaxact
+        >>> @jaxact.forward_mode
+        ... @jax.custom_vjp
+        ... def cube(x):
+        ...     return x**3
+        >>> cube.defvjp(lambda x: (cube(x), x), lambda x, g: (3 * x**2 * g,))
+        >>> jax.jvp(cube, (2.0,), (1.0,))[1]
+        Array(12., dtype=float32, weak_type=True)
+        >>> float(jax.grad(cube)(2.0)), float(jax.hessian(cube)(2.0))
+        (12.0, 12.0)
+
+    References:
+        Radul et al., "You Only Linearize Once" (POPL 2023), on deriving one mode from the other; jax issue 17840.
+    """
+    if not isinstance(f, jax.custom_vjp):
+        raise TypeError(f"forward_mode: f must be a jax.custom_vjp function, got {type(f).__name__}.")
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=f.nondiff_argnums)
+    @functools.wraps(f)
+    def in_every_mode(*args: Any) -> Any:
+        return f(*args)
+
+    def pushforward(*args: Any) -> Any:
+        *static, primals, tangents = args
+        return _transpose_backward(f, _bind_static(f, static, len(primals)), primals, tangents)
+
+    # With symbolic zeros we learn which arguments move, and transpose with respect to those alone.
+    in_every_mode.defjvp(pushforward, symbolic_zeros=True)
+    in_every_mode.defvjp = f.defvjp  # pyright: ignore[reportAttributeAccessIssue]
+    return in_every_mode
+
+
+def _bind_static(f: jax.custom_vjp, static: list[Any], count: int) -> Callable[..., Any]:
+    """`f` as a function of its `count` differentiable arguments alone."""
+    places = dict(zip(f.nondiff_argnums, static, strict=True))
+
+    def bound(*primals: Any) -> Any:
+        rest = iter(primals)
+        return f(*(places[i] if i in places else next(rest) for i in range(len(places) + count)))
+
+    return bound
+
+
+def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    leaves, tree = jax.tree.flatten(primals)
+    tangent_leaves = tree.flatten_up_to(tangents)
+    moves = [not isinstance(t, SymbolicZero) for t in tangent_leaves]
+
+    def of_moving(moving: list[Any]) -> Any:
+        rest = iter(moving)
+        return bound(*tree.unflatten(next(rest) if m else leaf for m, leaf in zip(moves, leaves, strict=True)))
+
+    out, vjp = jax.vjp(of_moving, [leaf for m, leaf in zip(moves, leaves, strict=True) if m])
+    out_leaves, out_tree = jax.tree.flatten(out)
+    is_float = [jnp.issubdtype(jnp.result_type(y), jnp.inexact) for y in out_leaves]
+
+    # Under checkpoint, partial evaluation saves the rule's residuals and nothing computed from them. Its barriers
+    # against common subexpressions are not wanted: sharing work between the two passes is what we hope for.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def backward(float_cotangents: list[Any]) -> Any:
+        return vjp(out_tree.unflatten(_with_float0(out_leaves, is_float, float_cotangents)))[0]
+
+    transpose = jax.linear_transpose(backward, [y for y, inexact in zip(out_leaves, is_float, strict=True) if inexact])
+    try:
+        (float_tangents,) = transpose([t for m, t in zip(moves, tangent_leaves, strict=True) if m])
+    except Exception as error:
+        # Whatever went wrong, it went wrong in transposing: the rule itself has been traced above.
+        name = getattr(f, "__name__", repr(f))
+        raise TypeError(
+            f"forward_mode: the backward rule of {name!r} cannot be transposed, so there is no forward mode to derive "
+            f"from it ({type(error).__name__}: {str(error).strip() or 'no message'}). Either it is not linear in the "
+            "cotangent, which makes it wrong, or it applies to the cotangent an operation without a transpose "
+            "(lax.while_loop, another custom rule, a kernel). Write the rule with transposable operations, or use "
+            "jax.custom_vjp alone if reverse mode is enough."
+        ) from error
+    return out, out_tree.unflatten(_with_float0(out_leaves, is_float, float_tangents))
+
+
+def _with_float0(out_leaves: list[Any], is_float: list[bool], float_leaves: list[Any]) -> list[Any]:
+    """Tangents or cotangents of all results: those given, and float0 for the integer ones, as JAX wants it."""
+    rest = iter(float_leaves)
+    return [
+        next(rest) if inexact else np.zeros(np.shape(y), jax.dtypes.float0)
+        for y, inexact in zip(out_leaves, is_float, strict=True)
+    ]

@@ -1,0 +1,314 @@
+"""Two linear classifiers, one logit with a sigmoid and two logits with a softmax, and their training as twins.
+
+Written for the bits as much as for the mathematics: `train_twins` says why and how.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Key
+
+from jaxact._sigmoid import sigmoid, softplus
+from jaxact._softmax import logsumexp, softmax
+
+
+class Params(NamedTuple):
+    """A linear classifier: one row of weights and one bias for each logit."""
+
+    weights: Float[Array, "logits features"]
+    bias: Float[Array, " logits"]
+
+
+def initialise(key: Key[Array, ""], features: int, logits: int, dtype: Any = None) -> Params:
+    """Random weights of variance 1/features, and biases of 0, for a classifier with the given number of logits."""
+    weights = jax.random.normal(key, (logits, features), dtype or float)
+    return Params(weights / features**0.5, jnp.zeros((logits,), weights.dtype))
+
+
+def logits(params: Params, x: Float[Array, "examples features"]) -> Float[Array, "examples logits"]:
+    """x·w + b for each row of weights.
+
+    The rows are mapped over instead of multiplied at once, and kept apart from what comes before and after, so that
+    a row's logits and gradients come from the same compiled code whether it has a sibling or not.
+    """
+
+    def one(row: tuple[Array, Array]) -> Array:
+        weights, bias = lax.optimization_barrier(row)
+        return lax.optimization_barrier(lax.optimization_barrier(x @ weights) + bias)
+
+    return lax.map(one, (params.weights, params.bias)).T
+
+
+def probabilities(params: Params, x: Float[Array, "examples features"]) -> Float[Array, "examples ..."]:
+    """Of class 1, shape (examples,), for one logit; of every class, shape (examples, logits), for several."""
+    z = logits(params, x)
+    return sigmoid(z[:, 0]) if z.shape[1] == 1 else softmax(z)
+
+
+def predict(params: Params, x: Float[Array, "examples features"]) -> Int[Array, " examples"]:
+    """The class of greatest probability. A tie goes to the lower class, so one logit of exactly 0 to class 0."""
+    z = logits(params, x)
+    return (z[:, 0] > 0).astype(int) if z.shape[1] == 1 else jnp.argmax(z, axis=1)
+
+
+def loss(
+    params: Params, x: Float[Array, "examples features"], y: Int[Array, " examples"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy: binary for one logit, over the classes for several."""
+    z = lax.optimization_barrier(logits(params, x))
+    losses = binary_cross_entropy(z[:, 0], y) if z.shape[1] == 1 else cross_entropy(z, y)
+    return jnp.mean(lax.optimization_barrier(losses))
+
+
+def binary_cross_entropy(z: Float[Array, "*batch"], y: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """−log σ(z) for y = 1 and −log σ(−z) for y = 0, one loss per example."""
+    return softplus(jnp.where(y == 1, -z, z))
+
+
+def cross_entropy(
+    z: Float[Array, "examples classes"], y: Int[Array, " examples"]
+) -> Float[Array, " examples"]:
+    """−log softmax(z)[y], one loss per example, for two classes or more.
+
+    Computed as softplus(log Σ_{j≠y} e^{zⱼ − z_y}): every term is positive, so the loss is relatively accurate however
+    small, and never falsely 0. The gradient at the label is minus the sum of the others. With two classes it is,
+    operation for operation, the binary cross-entropy of the difference of the logits.
+    """
+    classes = z.shape[1]
+    others = (y[:, None] + jnp.arange(1, classes)) % classes
+    at_label = jnp.take_along_axis(z, y[:, None], axis=1)
+    return softplus(logsumexp(jnp.take_along_axis(z, others, axis=1) - at_label, axis=1))
+
+
+def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Array, "..."]:
+    """Which labels apply, where labels do not exclude each other: probability **strictly greater** than threshold.
+
+    Args:
+        probabilities: one for each label, any shape.
+        threshold: a number, or an array that broadcasts against `probabilities`.
+
+    Returns:
+        Booleans of the broadcast shape; False where the probability is nan.
+
+    Raises:
+        ValueError: if the threshold does not broadcast, or is known and nan.
+
+    Numerics:
+        Both sides are compared as they are stored. A threshold of 0.3 is first rounded to the dtype of the
+        probabilities, so that a stored 0.3 equals it, and is not above it, in every dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxact.classifiers import multilabel
+        >>> p = jnp.array([0.01, 0.02, 0.41, 0.62, 0.3, 0.18, 0.5, 0.42, 0.06, 0.81])
+        >>> [i + 1 for i in jnp.flatnonzero(multilabel(p, 0.3)).tolist()]
+        [3, 4, 7, 8, 10]
+    """
+    p = jnp.asarray(probabilities)
+    t = jnp.asarray(threshold, p.dtype if jnp.issubdtype(p.dtype, jnp.floating) else None)
+    try:
+        np.broadcast_shapes(p.shape, t.shape)
+    except ValueError:
+        raise ValueError(f"threshold must broadcast against shape {p.shape}, got shape {t.shape}.") from None
+    if not isinstance(t, jax.core.Tracer) and bool(jnp.isnan(t).any()):
+        raise ValueError("threshold must be a number, got nan.")
+    return p > t
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One trained classifier: the loss before each step, the accuracy at the end, and the parameters at the end."""
+
+    loss: np.ndarray
+    accuracy: float
+    params: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Twins:
+    """The two classifiers after training, and how far apart they are."""
+
+    sigmoid: Fit
+    softmax: Fit
+
+    @property
+    def gap(self) -> np.ndarray:
+        """|loss of the sigmoid − loss of the softmax| at each step."""
+        return np.abs(self.sigmoid.loss - self.softmax.loss)
+
+    @property
+    def relative_gap(self) -> np.ndarray:
+        """The gap as a fraction of the larger loss: 0 where they are equal, 1 where one of them is 0."""
+        larger = np.maximum(np.abs(self.sigmoid.loss), np.abs(self.softmax.loss))
+        return self.gap / np.where(larger > 0, larger, 1)
+
+    @property
+    def gap_in_ulp(self) -> np.ndarray:
+        """The gap in units of the spacing of floating-point numbers at the larger loss."""
+        return self.gap / np.spacing(np.maximum(np.abs(self.sigmoid.loss), np.abs(self.softmax.loss)))
+
+    @property
+    def weight_gap(self) -> float:
+        """max |w − (w₁ − w₀)| over weights and bias at the end: 0 if the two are one model."""
+        return max(
+            float(np.max(np.abs(np.asarray(one)[0] - (np.asarray(two)[1] - np.asarray(two)[0]))))
+            for one, two in zip(self.sigmoid.params, self.softmax.params, strict=True)
+        )
+
+
+LossFunction = Callable[[Params, Array, Array], Array]
+
+
+def train_twins(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    optimizer: Callable[[float], Any] | None = None,
+    learning_rate: float = 0.1,
+    weight_decay: float = 0.0,
+    steps: int = 1000,
+    key: Key[Array, ""] | None = None,
+    matched: bool = True,
+    progress: Callable[[int], None] | None = None,
+    loss: LossFunction = loss,
+) -> Twins:
+    """Trains a 1-logit sigmoid and a 2-logit softmax classifier side by side, full batch, as the same model.
+
+    With two classes softmax(z₀, z₁)₁ = σ(z₁ − z₀): a softmax over two logits is a sigmoid of their difference. Are the
+    two also the same *in training*? Start from w₁ = w/2 and w₀ = −w/2, exact in binary, so that w = w₁ − w₀. Then
+    ∂L/∂w₁ = ∂L/∂w = −∂L/∂w₀: each column of the softmax receives the gradient of the sigmoid up to sign, w₁ − w₀ moves
+    twice as fast as w, and so the sigmoid model needs **twice the learning rate**. With that, w = w₁ − w₀ holds after
+    every step of every optimizer that acts on each coordinate and is odd in the gradient: SGD, momentum, Nesterov,
+    Adam, RMSProp, Adagrad. Decoupled weight decay, as in AdamW, needs half the decay, since it acts on w = 2w₁.
+
+    That is mathematics. For the two loss curves to agree *bit for bit*, both must round alike. So each column's logits
+    and gradients come from the same compiled code (`logits`), barriers keep XLA from fusing two different programs in
+    two different ways, and the two losses evaluate the same expression (`cross_entropy`). With `jax.nn` and optax the
+    curves drift apart, and on separable data the softmax loss becomes exactly 0 while the sigmoid's does not.
+
+    Args:
+        x: features, shape (examples, features), finite.
+        y: labels, shape (examples,), 0 or 1, both present.
+        optimizer: maps a learning rate to an optax transformation; `optax.sgd` by default.
+        learning_rate: of the softmax model. The sigmoid model gets twice as much.
+        weight_decay: decoupled weight decay of the softmax model. The sigmoid model gets half as much.
+        steps: number of full-batch steps, at least 1.
+        key: for the starting point; `jax.random.key(0)` by default.
+        matched: False gives both models the same learning rate and decay, to show that the curves then differ.
+        progress: called with the number of steps done so far; training is then cut into segments.
+        loss: (params, x, y) ↦ mean loss, for comparing other implementations.
+
+    Returns:
+        `Twins`, with `.sigmoid` and `.softmax`, each with `.loss` (before each step), `.accuracy` and `.params`, and the
+        gap between them. Arithmetic is in the dtype of `x`.
+
+    Raises:
+        ValueError: if `x` or `y` has the wrong shape, no rows, nan or infinite features, labels other than 0 and 1 or
+            only one of them; if `steps` < 1 or `learning_rate` ≤ 0.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxact.classifiers import train_twins
+        >>> x = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+        >>> twins = train_twins(x, x[:, 0] > 0.1, steps=50)
+        >>> np.array_equal(twins.sigmoid.loss, twins.softmax.loss), twins.weight_gap
+        (True, 0.0)
+    """
+    x, y = _checked_data(x, y)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    import optax  # here, so that the classifiers can be used without it
+
+    def transformation(rate: float, decay: float) -> Any:
+        update = (optimizer or optax.sgd)(rate)
+        return optax.chain(update, optax.add_decayed_weights(-rate * decay)) if decay else update
+
+    w = initialise(jax.random.key(0) if key is None else key, x.shape[1], 1, x.dtype)
+    half = Params(*(jnp.concatenate([-leaf / 2, leaf / 2]) for leaf in w))
+    factor = 2 if matched else 1
+    total = 2 * steps
+    report = progress or (lambda done: None)
+    segments = 1 if progress is None else min(20, steps)
+    single = _train(
+        w, x, y, transformation(factor * learning_rate, weight_decay / factor), loss, steps, segments, report
+    )
+    double = _train(
+        half, x, y, transformation(learning_rate, weight_decay), loss, steps, segments, lambda n: report(steps + n)
+    )
+    del total
+    return Twins(single, double)
+
+
+def _checked_data(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
+    features, labels = np.asarray(x), np.asarray(y)
+    if features.ndim != 2:
+        raise ValueError(f"x must have shape (examples, features), got {features.shape}.")
+    if labels.ndim != 1 or len(labels) != len(features):
+        raise ValueError(f"y must have shape ({len(features)},), one label per row of x, got {labels.shape}.")
+    if features.size == 0:
+        raise ValueError(f"x must have at least one row and one column, got shape {features.shape}.")
+    if not (np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)):
+        raise ValueError(f"x must be numeric, got dtype {features.dtype}.")
+    if not np.isfinite(features).all():
+        row, column = np.argwhere(~np.isfinite(features))[0]
+        raise ValueError(f"x must be finite, got {features[row, column]} in row {row}, column {column}.")
+    classes = np.unique(labels)
+    if not np.isin(classes, (0, 1)).all():
+        raise ValueError(f"y must hold labels 0 and 1, got {classes.tolist()[:5]}.")
+    if len(classes) < 2:
+        raise ValueError(f"y must hold both classes, got only {classes.tolist()[0]}.")
+    array = jnp.asarray(features if np.issubdtype(features.dtype, np.floating) else features.astype(float))
+    return array, jnp.asarray(labels.astype(np.int32))
+
+
+def _train(
+    params: Params,
+    x: Array,
+    y: Array,
+    optimizer: Any,
+    loss: LossFunction,
+    steps: int,
+    segments: int,
+    progress: Callable[[int], None],
+) -> Fit:
+    """Full-batch training. The optimizer sees each row of the parameters as an array of its own.
+
+    So the arrays it updates have the same shapes for both twins, and the same compiled code updates them.
+    """
+    import optax
+
+    def loss_of_rows(rows: list[Params], x: Array, y: Array) -> Array:
+        return loss(_stack(rows), x, y)
+
+    def step(carry: tuple[list[Params], Any], _: None, x: Array, y: Array) -> tuple[tuple[list[Params], Any], Array]:
+        rows, state = carry
+        value, gradient = jax.value_and_grad(loss_of_rows)(rows, x, y)
+        updates, state = optimizer.update(lax.optimization_barrier(gradient), state, rows)
+        return (optax.apply_updates(rows, lax.optimization_barrier(updates)), state), value
+
+    @functools.partial(jax.jit, static_argnames="length")
+    def run(carry: tuple[list[Params], Any], x: Array, y: Array, length: int) -> tuple[tuple[list[Params], Any], Array]:
+        return lax.scan(functools.partial(step, x=x, y=y), carry, None, length)
+
+    rows = [Params(weights, bias) for weights, bias in zip(*params, strict=True)]
+    carry, losses = (rows, optimizer.init(rows)), []
+    ends = [steps * (i + 1) // segments for i in range(segments)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        carry, values = run(carry, x, y, end - start)
+        losses.append(np.asarray(values))
+        progress(end)
+    trained = _stack(carry[0])
+    return Fit(np.concatenate(losses), float(jnp.mean(predict(trained, x) == y)), trained)
+
+
+def _stack(rows: list[Params]) -> Params:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
