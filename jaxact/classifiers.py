@@ -33,17 +33,8 @@ def initialise(key: Key[Array, ""], features: int, logits: int, dtype: Any = Non
 
 
 def logits(params: Params, x: Float[Array, "examples features"]) -> Float[Array, "examples logits"]:
-    """x·w + b for each row of weights.
-
-    The rows are mapped over instead of multiplied at once, and kept apart from what comes before and after, so that
-    a row's logits and gradients come from the same compiled code whether it has a sibling or not.
-    """
-
-    def one(row: tuple[Array, Array]) -> Array:
-        weights, bias = lax.optimization_barrier(row)
-        return lax.optimization_barrier(lax.optimization_barrier(x @ weights) + bias)
-
-    return lax.map(one, (params.weights, params.bias)).T
+    """x·w + b for each row of weights."""
+    return x @ params.weights.T + params.bias
 
 
 def probabilities(params: Params, x: Float[Array, "examples features"]) -> Float[Array, "examples ..."]:
@@ -58,33 +49,36 @@ def predict(params: Params, x: Float[Array, "examples features"]) -> Int[Array, 
     return (z[:, 0] > 0).astype(int) if z.shape[1] == 1 else jnp.argmax(z, axis=1)
 
 
-def loss(
-    params: Params, x: Float[Array, "examples features"], y: Int[Array, " examples"]
-) -> Float[Array, ""]:
-    """Mean cross-entropy: binary for one logit, over the classes for several."""
-    z = lax.optimization_barrier(logits(params, x))
-    losses = binary_cross_entropy(z[:, 0], y) if z.shape[1] == 1 else cross_entropy(z, y)
-    return jnp.mean(lax.optimization_barrier(losses))
+def log_odds_against(
+    z: Float[Array, "examples logits"], y: Int[Array, " examples"]
+) -> Float[Array, " examples"]:
+    """log of the odds against the label: −z or z for one logit, log Σ_{j≠y} e^{zⱼ − z_y} for several.
 
-
-def binary_cross_entropy(z: Float[Array, "*batch"], y: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """−log σ(z) for y = 1 and −log σ(−z) for y = 0, one loss per example."""
-    return softplus(jnp.where(y == 1, -z, z))
+    For two logits the sum has one term, and the log-odds are their difference: exactly what one logit models.
+    """
+    classes = z.shape[1]
+    if classes == 1:
+        return jnp.where(y == 1, -z[:, 0], z[:, 0])
+    others = (y[:, None] + jnp.arange(1, classes)) % classes
+    at_label = jnp.take_along_axis(z, y[:, None], axis=1)
+    return logsumexp(jnp.take_along_axis(z, others, axis=1) - at_label, axis=1)
 
 
 def cross_entropy(
-    z: Float[Array, "examples classes"], y: Int[Array, " examples"]
+    z: Float[Array, "examples logits"], y: Int[Array, " examples"]
 ) -> Float[Array, " examples"]:
-    """−log softmax(z)[y], one loss per example, for two classes or more.
+    """−log of the label's probability, one loss per example: binary for one logit, over the classes for several.
 
-    Computed as softplus(log Σ_{j≠y} e^{zⱼ − z_y}): every term is positive, so the loss is relatively accurate however
-    small, and never falsely 0. The gradient at the label is minus the sum of the others. With two classes it is,
-    operation for operation, the binary cross-entropy of the difference of the logits.
+    Computed as softplus of the log-odds against the label. Every term is positive, so the loss is relatively accurate
+    however small and never falsely 0; the gradient at the label is minus the sum of the others.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxact.classifiers import cross_entropy
+        >>> print(cross_entropy(jnp.array([[-30.0, 0.0, 0.0]]), jnp.array([1])).round(4))
+        [0.6931]
     """
-    classes = z.shape[1]
-    others = (y[:, None] + jnp.arange(1, classes)) % classes
-    at_label = jnp.take_along_axis(z, y[:, None], axis=1)
-    return softplus(logsumexp(jnp.take_along_axis(z, others, axis=1) - at_label, axis=1))
+    return softplus(log_odds_against(z, y))
 
 
 def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Array, "..."]:
@@ -164,6 +158,7 @@ class Twins:
 
 
 LossFunction = Callable[[Params, Array, Array], Array]
+State = tuple[list[Params], Any]
 
 
 def train_twins(
@@ -177,7 +172,7 @@ def train_twins(
     key: Key[Array, ""] | None = None,
     matched: bool = True,
     progress: Callable[[int], None] | None = None,
-    loss: LossFunction = loss,
+    loss: LossFunction | None = None,
 ) -> Twins:
     """Trains a 1-logit sigmoid and a 2-logit softmax classifier side by side, full batch, as the same model.
 
@@ -188,10 +183,10 @@ def train_twins(
     every step of every optimizer that acts on each coordinate and is odd in the gradient: SGD, momentum, Nesterov,
     Adam, RMSProp, Adagrad. Decoupled weight decay, as in AdamW, needs half the decay, since it acts on w = 2w₁.
 
-    That is mathematics. For the two loss curves to agree *bit for bit*, both must round alike. So each column's logits
-    and gradients come from the same compiled code (`logits`), barriers keep XLA from fusing two different programs in
-    two different ways, and the two losses evaluate the same expression (`cross_entropy`). With `jax.nn` and optax the
-    curves drift apart, and on separable data the softmax loss becomes exactly 0 while the sigmoid's does not.
+    That is mathematics. For the two loss curves to agree *bit for bit*, both must round alike. A column's logits and
+    their gradients, the losses given the log-odds, and the update are compiled apart, so that both models run the same
+    code; what lies between (`log_odds_against` with one other class, halves, signs) is exact. With `jax.nn` and
+    optax the curves drift apart, and on separable data the softmax loss becomes 0 while the sigmoid's does not.
 
     Args:
         x: features, shape (examples, features), finite.
@@ -203,7 +198,7 @@ def train_twins(
         key: for the starting point; `jax.random.key(0)` by default.
         matched: False gives both models the same learning rate and decay, to show that the curves then differ.
         progress: called with the number of steps done so far; training is then cut into segments.
-        loss: (params, x, y) ↦ mean loss, for comparing other implementations.
+        loss: (params, x, y) ↦ mean loss, to compare another implementation; by default the mean of `cross_entropy`.
 
     Returns:
         `Twins`, with `.sigmoid` and `.softmax`, each with `.loss` (before each step), `.accuracy` and `.params`, and the
@@ -275,39 +270,66 @@ def _train(
     x: Array,
     y: Array,
     optimizer: Any,
-    loss: LossFunction,
+    loss: LossFunction | None,
     steps: int,
     segments: int,
     progress: Callable[[int], None],
 ) -> Fit:
-    """Full-batch training. The optimizer sees each row of the parameters as an array of its own.
+    """Full-batch training, one `lax.scan` for each segment.
 
-    So the arrays it updates have the same shapes for both twins, and the same compiled code updates them.
+    The optimizer sees each row of the parameters as an array of its own: those have the same shape in both twins.
     """
     import optax
 
-    def loss_of_rows(rows: list[Params], x: Array, y: Array) -> Array:
-        return loss(_stack(rows), x, y)
+    def objective(rows: list[Params], x: Array, y: Array, always: Array) -> Array:
+        if loss is not None:
+            return loss(_stack(rows), x, y)
+        # A loop runs each row through one compiled body, forward and backward, and the barriers keep what is in it
+        # from being simplified together with what is not where the loop has one row and is unrolled.
+        z = lax.map(functools.partial(_logit, x=x), _stack(rows))
+        return _apart(lambda odds: jnp.mean(softplus(odds)), always, log_odds_against(z.T, y))
 
-    def step(carry: tuple[list[Params], Any], _: None, x: Array, y: Array) -> tuple[tuple[list[Params], Any], Array]:
-        rows, state = carry
-        value, gradient = jax.value_and_grad(loss_of_rows)(rows, x, y)
-        updates, state = optimizer.update(lax.optimization_barrier(gradient), state, rows)
-        return (optax.apply_updates(rows, lax.optimization_barrier(updates)), state), value
+    def update(gradient: list[Params], state: Any, rows: list[Params]) -> State:
+        updates, state = optimizer.update(gradient, state, rows)
+        return optax.apply_updates(rows, updates), state
 
     @functools.partial(jax.jit, static_argnames="length")
-    def run(carry: tuple[list[Params], Any], x: Array, y: Array, length: int) -> tuple[tuple[list[Params], Any], Array]:
-        return lax.scan(functools.partial(step, x=x, y=y), carry, None, length)
+    def run(carry: State, x: Array, y: Array, always: Array, length: int) -> tuple[State, Array]:
+        def step(carry: State, _: None) -> tuple[State, Array]:
+            rows, state = carry
+            value, gradient = jax.value_and_grad(objective)(rows, x, y, always)
+            return _apart(update, always, gradient, state, rows), value
 
-    rows = [Params(weights, bias) for weights, bias in zip(*params, strict=True)]
-    carry, losses = (rows, optimizer.init(rows)), []
+        return lax.scan(step, carry, None, length)
+
+    carry, losses = (_rows(params), optimizer.init(_rows(params))), []
     ends = [steps * (i + 1) // segments for i in range(segments)]
     for start, end in zip([0, *ends], ends, strict=False):
-        carry, values = run(carry, x, y, end - start)
+        carry, values = run(carry, x, y, jnp.array(True), end - start)
         losses.append(np.asarray(values))
         progress(end)
     trained = _stack(carry[0])
     return Fit(np.concatenate(losses), float(jnp.mean(predict(trained, x) == y)), trained)
+
+
+def _logit(row: Params, x: Array) -> Array:
+    weights, bias = lax.optimization_barrier(row)
+    return lax.optimization_barrier(lax.optimization_barrier(x @ weights) + bias)
+
+
+def _apart(f: Callable[..., Any], always: Array, *args: Any) -> Any:
+    """`f(*args)`, compiled apart from its surroundings, so that its roundings do not depend on them.
+
+    In a fusion XLA may contract a product and a sum into one operation with one rounding, or sum in another order,
+    and which it does depends on everything else in the fusion. It does not fuse across the branch of a conditional
+    whose predicate it does not know. (An optimization barrier is not enough: on CPU it is gone before fusion.)
+    """
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, *args))
+    return lax.cond(always, f, lambda *_: zeros, *args)
+
+
+def _rows(params: Params) -> list[Params]:
+    return [Params(weights, bias) for weights, bias in zip(*params, strict=True)]
 
 
 def _stack(rows: list[Params]) -> Params:

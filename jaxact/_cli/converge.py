@@ -1,0 +1,173 @@
+"""`converge`: a sigmoid and a two-class softmax classifier, trained side by side: jaxact, then jax.nn with optax."""
+
+import argparse
+import functools
+import importlib
+import json
+import math
+import sys
+import tempfile
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxact import classifiers
+from jaxact._cli._converge_data import Data, breast_cancer, read_csv
+from jaxact._cli._converge_report import OURS, PEER, Decision, Outcome, as_json, table
+from jaxact.classifiers import Params, Twins
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SUMMARY = "Train a sigmoid and a two-class softmax classifier side by side and compare their losses bit for bit."
+
+# The name in optax, its options, and the decoupled weight decay of the softmax model.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "sgd": ("sgd", {}, 0.0),
+    "momentum": ("sgd", {"momentum": 0.9}, 0.0),
+    "nesterov": ("sgd", {"momentum": 0.9, "nesterov": True}, 0.0),
+    "adam": ("adam", {}, 0.0),
+    "rmsprop": ("rmsprop", {}, 0.0),
+    "adagrad": ("adagrad", {}, 0.0),
+    "adamw": ("adam", {}, 1e-2),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    steps, seed = functools.partial(_whole, 1, 10**6), functools.partial(_whole, 0, 2**32 - 1)
+    add = parser.add_argument
+    add("--csv", type=Path, metavar="FILE", help="your data, with a header (default: Wisconsin breast cancer)")
+    add("--label", metavar="COLUMN", help="the column of FILE with the class; every other column is a feature")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: %(default)s")
+    add("--learning-rate", type=_positive, default=0.1, metavar="RATE", help="default: %(default)s; sigmoid: twice")
+    add("--steps", type=steps, default=5000, metavar="N", help="default: %(default)s")
+    add("--float64", action="store_true", help="compute in float64 instead of float32")
+    add("--unmatched", action="store_true", help="give both the same learning rate, to see the sigmoid fall behind")
+    add("--seed", type=seed, default=0, metavar="N", help="default: %(default)s")
+    add("--out", type=Path, default=Path("converge"), metavar="DIR", help="for the results (default: %(default)s)")
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return number
+
+
+def _whole(least: int, most: int, text: str) -> int:
+    if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text!r}")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reads, trains, prints and draws. What can be wrong is checked before the training."""
+    if (arguments.csv is None) != (arguments.label is None):
+        given, missing = ("--csv", "--label") if arguments.label is None else ("--label", "--csv")
+        raise ArgumentError(None, f"{given} needs {missing}.")
+    _require("optax", "matplotlib", "rich", *(["sklearn"] if arguments.csv is None else []))
+    data = breast_cancer() if arguments.csv is None else read_csv(arguments.csv, arguments.label)
+    _make_directory(arguments.out)
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(
+        f"{data.name}: {len(data.y)} examples, {len(data.features)} features; "
+        f"class 0 is {data.classes[0]!r}, class 1 is {data.classes[1]!r}.",
+        soft_wrap=True,
+    )
+    with jax.enable_x64(arguments.float64):
+        outcome = _experiment(data, arguments, console)
+    console.print(table(outcome))
+    console.print(f"The two classifiers are {outcome.verdict}.", soft_wrap=True)
+    written = _write(outcome, arguments.out)
+    console.print(f"Written to {arguments.out}: {', '.join(written)}.", soft_wrap=True)
+    return 0
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            reason = str(error).removesuffix(".")
+            raise ArgumentError(None, f"cannot import {package} ({reason}): pip install 'jaxact[demo]'.") from None
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ArgumentError(None, f"cannot write to {path}: {error.strerror}.") from None
+
+
+def peer_loss(params: Params, x: Array, y: Array) -> Array:
+    """The same loss with an ordinary matrix product and optax."""
+    import optax
+
+    z = x @ params.weights.T + params.bias
+    if z.shape[1] == 1:
+        return optax.sigmoid_binary_cross_entropy(z[:, 0], y.astype(z.dtype)).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+
+def _experiment(data: Data, settings: argparse.Namespace, console: "Console") -> Outcome:
+    """Both pairs of twins, from one starting point."""
+    import optax
+    from rich.progress import Progress
+
+    optimizer, options, weight_decay = OPTIMIZERS[settings.optimizer]
+    train = functools.partial(
+        classifiers.train_twins,
+        data.x.astype(np.float64 if settings.float64 else np.float32),
+        data.y,
+        optimizer=functools.partial(getattr(optax, optimizer), **options),
+        learning_rate=settings.learning_rate,
+        weight_decay=weight_decay,
+        steps=settings.steps,
+        key=jax.random.key(settings.seed),
+        matched=not settings.unmatched,
+    )
+    if not sys.stdout.isatty():
+        console.print(f"Training 2 x 2 classifiers for {settings.steps} steps, {settings.optimizer}.", soft_wrap=True)
+    twins: dict[str, Twins] = {}
+    with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as bar:
+        for name, loss in {OURS: {}, PEER: {"loss": peer_loss}}.items():
+            task = bar.add_task(name, total=2 * settings.steps)
+            twins[name] = train(**loss, progress=lambda done, task=task: bar.update(task, completed=done))
+    return Outcome(data, settings, twins, _decision(twins[OURS], jnp.asarray(train.args[0])))
+
+
+def _decision(twins: Twins, x: Array) -> Decision:
+    one, two = twins.sigmoid.params, twins.softmax.params
+    return Decision(
+        logit=np.asarray(classifiers.logits(one, x)[:, 0]),
+        sigmoid=np.asarray(classifiers.probabilities(one, x)),
+        softmax=np.asarray(classifiers.probabilities(two, x)[:, 1]),
+    )
+
+
+def _write(outcome: Outcome, directory: Path) -> list[str]:
+    """The figure and the numbers; returns the names of the files."""
+    from jaxact._cli._converge_figure import draw
+
+    figure, names = draw(outcome), ["converge.png", "converge.svg", "converge.json"]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # names in a script that the font does not have
+            for name in names[:2]:
+                figure.savefig(directory / name)
+        (directory / names[2]).write_text(json.dumps(as_json(outcome), indent=1, allow_nan=False), encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(None, f"cannot write to {error.filename or directory}: {error.strerror}.") from None
+    return names

@@ -1,0 +1,154 @@
+"""What the tests compare with: float64 in NumPy, 400 digits in mpmath. No code is shared with jaxact, nor with JAX.
+
+The NumPy oracles are written without cancellation. Their own error is a few float64 ulp, which is 1e-8 of a float32
+ulp; `test_sigmoid.py` holds them to that against mpmath, whose formulas are the textbook's.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import mpmath
+import numpy as np
+
+Oracle = Callable[[np.ndarray], np.ndarray]
+
+
+def ulp_error(got: Any, want: np.ndarray, dtype: Any) -> np.ndarray:
+    """|got − want| in units of the spacing of `dtype` at the exact value `want`, element by element.
+
+    nan must meet nan, and an infinity the same infinity (what rounds to infinity in `dtype` is one). Where `want` is
+    below the smallest normal number there is nothing to measure, since XLA flushes subnormal numbers to 0: the error
+    is 0 if `got` is below it too. Every violation of these rules is an infinite error.
+    """
+    info = ml_dtypes.finfo(dtype)
+    with np.errstate(all="ignore"):
+        got, want = np.asarray(got).astype(np.float64), np.asarray(want, np.float64)
+        # frexp gives want = m·2^exponent with m in [½, 1), one more than the exponent of IEEE.
+        error = np.abs(got - want) / np.ldexp(1.0, np.frexp(want)[1] - 1 - info.nmant)
+        special = ~(error < np.inf) | (np.abs(want) < info.smallest_normal) | (np.abs(want) > info.max)
+        if special.any():
+            error[special] = _special_error(got[special], want[special], dtype)
+    return error
+
+
+def _special_error(got: np.ndarray, want: np.ndarray, dtype: Any) -> np.ndarray:
+    info = ml_dtypes.finfo(dtype)
+    tiny = float(info.smallest_normal)
+    rounded = want.astype(dtype).astype(np.float64)
+    agree = np.where(np.abs(want) < tiny, np.abs(got) <= tiny, (got == rounded) | (np.isnan(got) & np.isnan(want)))
+    return np.where(agree, 0.0, np.inf)
+
+
+def _quietly(f: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """In float64, and infinities and nan without a warning: at the edges they are the answer."""
+
+    @functools.wraps(f)
+    def quiet(x: Any, *args: Any) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return f(np.asarray(x).astype(np.float64), *args)
+
+    return quiet
+
+
+@_quietly
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    e = np.exp(-np.abs(x))
+    return np.where(x < 0, e, 1) / (1 + e)
+
+
+@_quietly
+def sigmoid_1(x: np.ndarray) -> np.ndarray:
+    """σ′ = e/(1 + e)² with e = e^−|x|: an even function."""
+    e = np.exp(-np.abs(x))
+    return e / (1 + e) ** 2
+
+
+@_quietly
+def sigmoid_2(x: np.ndarray) -> np.ndarray:
+    """σ″ = σ′·(1 − 2σ), and 1 − 2σ = (e − 1)/(1 + e) for x > 0: an odd function."""
+    e = np.exp(-np.abs(x))
+    return np.sign(x) * np.expm1(-np.abs(x)) * e / (1 + e) ** 3
+
+
+@_quietly
+def sigmoid_3(x: np.ndarray) -> np.ndarray:
+    """σ‴ = σ′·(1 − 6σ′), and 1 − 6e/(1 + e)² = (1 − 4e + e²)/(1 + e)². It has a root at e = 2 − √3."""
+    e = np.exp(-np.abs(x))
+    return e * ((e - (2 - np.sqrt(3))) * (e - (2 + np.sqrt(3)))) / (1 + e) ** 4
+
+
+@_quietly
+def softplus(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+@_quietly
+def log_sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
+
+
+@_quietly
+def logit(p: np.ndarray) -> np.ndarray:
+    """log(p/(1 − p)). Near ½ it is small, and only log1p of odds − 1 = (2p − 1)/(1 − p) keeps its digits."""
+    return np.where(np.abs(p - 0.5) <= 0.25, np.log1p((2 * p - 1) / (1 - p)), np.log(p) - np.log1p(-p))
+
+
+@_quietly
+def logit_1(p: np.ndarray) -> np.ndarray:
+    """1/(p(1 − p)), +inf at both ends, −0 included, since that is the limit from inside; nan outside."""
+    return np.where((p < 0) | (p > 1), np.nan, 1 / (np.abs(p) * (1 - p)))
+
+
+@_quietly
+def log_softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    """(x − m) − log1p(Σ of the others), where m is the maximum and "the others" leaves out one place that attains it.
+
+    The limit at infinities: −inf takes part in nothing, several +inf share equally, −inf throughout stays −inf.
+    """
+    largest, others = _largest_and_others(x, axis)
+    below = np.where(x == largest, 0, x - largest)
+    return np.where(largest == -np.inf, -np.inf, below - np.log1p(others))
+
+
+@_quietly
+def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.exp(log_softmax(x, axis))
+
+
+@_quietly
+def logsumexp(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    largest, others = _largest_and_others(x, axis)
+    return np.squeeze(np.where(np.isinf(largest), largest, largest + np.log1p(others)), axis)
+
+
+def _largest_and_others(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """The maximum m, and the sum of e^(x − m) over all places but the first that attains m."""
+    largest = np.max(x, axis, keepdims=True)
+    terms = np.exp(np.where(x == largest, 0, x - largest))
+    np.put_along_axis(terms, np.argmax(x, axis, keepdims=True), 0, axis)
+    return largest, np.sum(terms, axis, keepdims=True)
+
+
+@functools.cache
+def exact(name: str, order: int, x: float) -> float:
+    """The derivative of that order, 0 to 3, of sigmoid, log_sigmoid, softplus or logit, rounded once to float64."""
+    # 1 + e^−|x| and 1 − p keep every digit of numbers down to the smallest of float64, which is 1e-308.
+    with mpmath.workdps(400):
+        return float(_exact(name, order, mpmath.mpf(x)))
+
+
+def _exact(name: str, order: int, x: Any) -> Any:
+    if name == "log_sigmoid":  # −softplus(−x)
+        return (-1) ** (order + 1) * _exact("softplus", order, -x)
+    if name == "softplus":
+        return mpmath.log(1 + mpmath.exp(x)) if order == 0 else _exact("sigmoid", order - 1, x)
+    if name == "sigmoid":
+        s = 1 / (1 + mpmath.exp(-x))
+        return (s, s * (1 - s), s * (1 - s) * (1 - 2 * s), s * (1 - s) * (1 - 6 * s * (1 - s)))[order]
+    if name == "logit":
+        odds, variance = x / (1 - x), x * (1 - x)
+        derivatives = (1 / variance, (2 * x - 1) / variance**2, 2 * (1 - 3 * variance) / variance**3)
+        return mpmath.log(odds) if order == 0 else derivatives[order - 1]
+    raise ValueError(f"no oracle for {name!r}")

@@ -1,0 +1,186 @@
+"""Twins: the two classifiers are one model, bit for bit; and what is needed for that is needed."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_breast_cancer, make_blobs
+
+import jaxact
+from jaxact import classifiers
+from jaxact.classifiers import Params, Twins, multilabel, train_twins
+
+OPTIMIZERS: dict[str, tuple[Any, float]] = {
+    "sgd": (optax.sgd, 0.0),
+    "momentum": (functools.partial(optax.sgd, momentum=0.9), 0.0),
+    "nesterov": (functools.partial(optax.sgd, momentum=0.9, nesterov=True), 0.0),
+    "adam": (optax.adam, 0.0),
+    "rmsprop": (optax.rmsprop, 0.0),
+    "adagrad": (optax.adagrad, 0.0),
+    "adamw": (optax.adam, 1e-2),
+}
+
+
+def cancer() -> tuple[np.ndarray, np.ndarray]:
+    data = load_breast_cancer()
+    return (data.data - data.data.mean(0)) / data.data.std(0), data.target
+
+
+def blobs() -> tuple[np.ndarray, np.ndarray]:
+    """Two clusters so far apart that a hyperplane separates them: the losses go to 0."""
+    return make_blobs(200, 4, centers=2, cluster_std=0.5, center_box=(-6, 6), random_state=3)
+
+
+def peer_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The same experiment with a matrix product and optax."""
+    z = x @ params.weights.T + params.bias
+    if z.shape[1] == 1:
+        return optax.sigmoid_binary_cross_entropy(z[:, 0], y.astype(z.dtype)).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+
+def assert_identical(twins: Twins) -> None:
+    np.testing.assert_array_equal(twins.sigmoid.loss, twins.softmax.loss)
+    assert twins.weight_gap == 0
+    assert twins.sigmoid.accuracy == twins.softmax.accuracy
+    assert twins.sigmoid.loss.min() > 0
+    assert twins.softmax.loss.min() > 0
+    assert not twins.gap.any()
+    assert not twins.gap_in_ulp.any()
+    assert not twins.relative_gap.any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("data", [cancer, blobs])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_twins_converge_identically_to_the_last_bit(name: str, data: Any, dtype: Any) -> None:
+    x, y = data()
+    optimizer, weight_decay = OPTIMIZERS[name]
+    with jax.enable_x64(dtype is np.float64):
+        twins = train_twins(x.astype(dtype), y, optimizer=optimizer, weight_decay=weight_decay, steps=5000)
+        assert twins.sigmoid.loss.dtype == twins.softmax.params.weights.dtype == dtype
+    assert twins.sigmoid.loss.shape == (5000,)
+    assert_identical(twins)
+
+
+def test_identity_does_not_depend_on_the_number_of_examples_or_features() -> None:
+    rng = np.random.default_rng(0)
+    for examples, features in [(2, 1), (5, 1), (7, 3), (16, 16), (33, 65)]:
+        x = rng.normal(size=(examples, features)).astype(np.float32)
+        y = np.arange(examples) % 2
+        assert_identical(train_twins(x, y, optimizer=optax.adam, steps=100))
+
+
+def test_identity_survives_segments_another_key_and_progress() -> None:
+    x, y = cancer()
+    seen: list[int] = []
+    x = x.astype(np.float32)
+    whole = train_twins(x, y, steps=90, key=jax.random.key(7))
+    parts = train_twins(x, y, steps=90, key=jax.random.key(7), progress=seen.append)
+    assert_identical(parts)
+    np.testing.assert_array_equal(whole.sigmoid.loss, parts.sigmoid.loss)
+    assert seen == sorted(seen)
+    assert seen[-1] == 180  # both models' steps
+
+
+def test_unmatched_rates_differ() -> None:
+    x, y = cancer()
+    twins = train_twins(x.astype(np.float32), y, steps=200, matched=False)
+    assert twins.sigmoid.loss[0] == twins.softmax.loss[0]
+    # The sigmoid model learns at half the pace; by then it is visibly behind.
+    assert twins.relative_gap[50:].min() > 0.05
+
+
+def test_peers_drift_apart_and_lose_the_loss() -> None:
+    x, y = blobs()
+    x = x.astype(np.float32) * 4
+    peers = train_twins(x, y, optimizer=optax.adam, learning_rate=1.0, steps=2000, loss=peer_loss)
+    assert peers.softmax.loss.min() == 0  # falsely: the sigmoid's loss of the same model is 1.6e-10
+    assert peers.relative_gap.max() == 1
+    assert_identical(train_twins(x, y, optimizer=optax.adam, learning_rate=1.0, steps=2000))
+
+
+def test_losses_agree_with_float64() -> None:
+    rng = np.random.default_rng(1)
+    z, y = rng.normal(size=(50, 5)) * 20, rng.integers(0, 5, 50)
+    exact = np.log(np.exp(z - z[np.arange(50), y, None]).sum(1))
+    got = classifiers.cross_entropy(jnp.asarray(z, jnp.float32), jnp.asarray(y))
+    # The logits are rounded to float32 on the way in, by 2⁻¹⁸ at 64: an absolute error of twice that in a difference.
+    np.testing.assert_allclose(got, exact, rtol=1e-6, atol=2**-17)
+    confident = classifiers.cross_entropy(jnp.array([[60.0, 0.0, 0.0]]), jnp.array([0]))
+    # 2e⁻⁶⁰; its logarithm −59.3 is rounded on the way, by 2⁻¹⁹. Log-sum-exp minus the label's logit would give 0.
+    np.testing.assert_allclose(confident, [2 * np.exp(-60.0)], rtol=2**-18)
+
+
+def test_gradient_at_the_label_is_the_sum_of_the_others() -> None:
+    z, y = jnp.array([[30.0, 0.0, -1.0]]), jnp.array([0])
+    gradient = np.asarray(jax.grad(lambda z: classifiers.cross_entropy(z, y).sum())(z))[0]
+    # One rounding in summing two others.
+    np.testing.assert_allclose(gradient[0], -(gradient[1] + gradient[2]), rtol=2e-7)
+    assert gradient[0] < 0
+
+
+def test_models() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    one = classifiers.initialise(jax.random.key(0), 3, 1, jnp.float32)
+    two = Params(*(jnp.concatenate([-leaf / 2, leaf / 2]) for leaf in one))
+    assert one.weights.shape == (1, 3)
+    assert one.bias.shape == (1,)
+    assert classifiers.logits(two, x).shape == (6, 2)
+    # A matrix product may sum in another order.
+    np.testing.assert_allclose(classifiers.logits(one, x), x @ one.weights.T + one.bias, rtol=1e-5, atol=1e-6)
+    p = classifiers.probabilities(one, x)
+    np.testing.assert_array_equal(p, jaxact.sigmoid(classifiers.logits(one, x)[:, 0]))
+    # Two formulas for one number: a few ulp of 1.
+    np.testing.assert_allclose(classifiers.probabilities(two, x)[:, 1], p, rtol=1e-6)
+    np.testing.assert_array_equal(classifiers.predict(one, x), classifiers.predict(two, x))
+    tied = Params(jnp.zeros((1, 3)), jnp.zeros(1))
+    np.testing.assert_array_equal(classifiers.predict(tied, x), np.zeros(6))
+
+
+def test_multilabel_is_strictly_greater_in_every_dtype() -> None:
+    p = [0.01, 0.02, 0.41, 0.62, 0.3, 0.18, 0.5, 0.42, 0.06, 0.81]
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        chosen = np.flatnonzero(multilabel(jnp.asarray(p, dtype), 0.3)) + 1
+        np.testing.assert_array_equal(chosen, [3, 4, 7, 8, 10])
+    np.testing.assert_array_equal(multilabel(jnp.array([[0.2, 0.6]]), jnp.array([0.1, 0.7])), [[True, False]])
+    np.testing.assert_array_equal(multilabel(jnp.array([jnp.nan])), [False])
+    assert jax.jit(multilabel)(jnp.ones(3), 0.5).all()
+    with pytest.raises(ValueError, match=r"threshold must broadcast against shape \(2,\), got shape \(3,\)"):
+        multilabel(jnp.ones(2), jnp.ones(3))
+    with pytest.raises(ValueError, match="threshold must be a number, got nan"):
+        multilabel(jnp.ones(2), float("nan"))
+
+
+GOOD = np.array([[0.0], [1.0], [2.0]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "message"),
+    [
+        (GOOD, [0, 1, 2], {}, r"y must hold labels 0 and 1, got \[0, 1, 2\]"),
+        (GOOD, [-1, 1, 1], {}, r"y must hold labels 0 and 1, got \[-1, 1\]"),
+        (GOOD, [0, 0.5, 1], {}, "y must hold labels 0 and 1"),
+        (GOOD, [0, np.nan, 1], {}, "y must hold labels 0 and 1"),
+        (GOOD, ["a", "b", "a"], {}, "y must hold labels 0 and 1"),
+        (GOOD, [1, 1, 1], {}, "y must hold both classes, got only 1"),
+        (np.array([[0.0], [np.nan], [1.0]]), [0, 1, 1], {}, "x must be finite, got nan in row 1, column 0"),
+        (np.array([[0.0], [np.inf], [1.0]]), [0, 1, 1], {}, "x must be finite, got inf in row 1, column 0"),
+        (GOOD, [0, 1], {}, r"y must have shape \(3,\), one label per row of x, got \(2,\)"),
+        (GOOD, [[0], [1], [1]], {}, r"y must have shape \(3,\)"),
+        (GOOD[:, 0], [0, 1, 1], {}, r"x must have shape \(examples, features\), got \(3,\)"),
+        (np.zeros((0, 2)), [], {}, "x must have at least one row"),
+        (np.zeros((3, 0)), [0, 1, 1], {}, "x must have at least one row and one column"),
+        (np.array([["a"], ["b"], ["c"]]), [0, 1, 1], {}, "x must be numeric"),
+        (GOOD, [0, 1, 1], {"steps": 0}, "steps must be at least 1, got 0"),
+        (GOOD, [0, 1, 1], {"learning_rate": 0}, "learning_rate must be positive, got 0"),
+        (GOOD, [0, 1, 1], {"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
+    ],
+)
+def test_bad_input_is_named(x: Any, y: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_twins(x, y, **options)

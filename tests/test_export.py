@@ -1,0 +1,52 @@
+"""Every function, its gradient, its pushforward and its Hessian lower for every platform, which needs no such device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+import jaxact
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "sigmoid": jaxact.sigmoid,
+    "log_sigmoid": jaxact.log_sigmoid,
+    "softplus": jaxact.softplus,
+    "logit": lambda x: jaxact.logit(x / 8 + jnp.asarray(0.5, x.dtype)),
+    "softmax": jaxact.softmax,
+    "masked_softmax": lambda x: jaxact.softmax(x, where=jnp.arange(x.shape[-1]) != 1),
+    "warm_softmax": lambda x: jaxact.softmax(x, temperature=2.0),
+    "log_softmax": jaxact.log_softmax,
+    "logsumexp": lambda x: jaxact.logsumexp(x, axis=-1),
+    "weighted_logsumexp": lambda x: jaxact.logsumexp(x, axis=-1, b=x * x + jnp.asarray(1, x.dtype)),
+}
+
+
+def derivatives(f: Callable[[Array], Array]) -> Callable[[Array], Any]:
+    """Value, gradient, pushforward and Hessian, all at one point."""
+
+    def scalar(x: Array) -> Array:
+        return jnp.sum(f(x) * jnp.cos(jnp.arange(f(x).size, dtype=x.dtype)).reshape(f(x).shape))
+
+    def at(x: Array) -> Any:
+        return f(x), jax.grad(scalar)(x), jax.jvp(f, (x,), (jnp.ones_like(x),))[1], jax.hessian(scalar)(x)
+
+    return at
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batched", [False, True], ids=["jit", "vmap"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lowers_for_every_platform_and_runs_here(name: str, batched: bool, dtype: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), dtype)
+    f = derivatives(FUNCTIONS[name])
+    f = jax.jit(jax.vmap(f) if batched else f)
+    exported = jax.export.export(f, platforms=PLATFORMS)(x)
+    assert exported.platforms == PLATFORMS
+    # The same program, compiled twice on one machine: the same bits.
+    jax.tree.map(np.testing.assert_array_equal, exported.call(x), f(x))

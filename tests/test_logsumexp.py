@@ -1,0 +1,206 @@
+"""logsumexp: a full replacement for jax.nn.logsumexp, with the values and derivatives that that one loses."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+
+import jaxact
+
+INF, NAN = float("inf"), float("nan")
+
+
+def exact(a: Any, b: Any = None, axis: int | None = -1) -> Any:
+    """float64, the maximum's own term taken out of log1p's argument."""
+    a = np.asarray(a, np.float64)
+    b = np.ones_like(a) if b is None else np.asarray(b, np.float64)
+    m = a.max(axis, keepdims=True)
+    total = (b * np.exp(a - m)).sum(axis)
+    return np.squeeze(m, axis) + np.log(abs(total)), np.sign(total), m, total
+
+
+def test_values_against_mpmath() -> None:
+    # m + log1p(Σ of others): both are rounded to an ulp or two of themselves, and log1p's argument, where it is a
+    # difference, to 5 times 2 ulp. Where m cancels log1p no relative accuracy is to be had.
+    mpmath.mp.dps = 60
+    rows = np.float32(np.random.default_rng(0).normal(size=(300, 5)) * 10)
+    for row in [*rows.tolist(), [0.0, -20.0], [0.0, -80.0], [70.0, 0.0], [300.0, 300.0], [-300.0, -301.0], [1e30, 0.0]]:
+        row = np.float32(row)
+        want = mpmath.log(mpmath.fsum(mpmath.exp(mpmath.mpf(float(v))) for v in row))
+        got = float(jaxact.logsumexp(row))
+        rest = want - mpmath.mpf(float(row.max()))
+        assert abs(got - want) <= 2**-23 * float(2 * abs(row.max()) + 12 * rest), row
+    assert abs(float(jaxact.logsumexp(jnp.array([0.0, -20.0]))) / np.log1p(np.exp(-20.0)) - 1) <= 4 * 2**-23
+
+
+def test_float64_against_mpmath(x64: None) -> None:
+    mpmath.mp.dps = 60
+    for row in np.random.default_rng(1).normal(size=(20, 4)) * 10:
+        want = mpmath.log(mpmath.fsum(map(mpmath.exp, row.tolist())))
+        got = jaxact.logsumexp(jnp.asarray(row))
+        assert got.dtype == jnp.float64
+        # As in float32.
+        assert abs(float(got) - want) <= 2**-52 * float(2 * abs(row.max()) + 12 * abs(want - row.max()))
+
+
+SIGNED = np.float32([[[1.5, -0.5, 0.0, 2.0]], [[-3.0, 1.0, 0.5, -0.25]]])
+MASK = np.array([[True], [False], [True]])
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (-1, 1), (0, 1, 2)])
+@pytest.mark.parametrize("keepdims", [False, True])
+def test_agrees_with_jax_nn_on_ordinary_inputs(axis: Any, keepdims: bool) -> None:
+    # Both have the relative error of a sum of up to 24 numbers, some negative: a few u of Σ|b e^a|, and with these
+    # weights |Σ| is no less than a hundredth of that. jax.nn has no more to lose where no term dominates.
+    a = np.float32(np.random.default_rng(2).normal(size=(2, 3, 4)))
+    for b, where, return_sign in itertools.product([None, 2.0, SIGNED], [None, MASK], [False, True]):
+        arguments: dict[str, Any] = {"axis": axis, "keepdims": keepdims, "return_sign": return_sign, "where": where}
+        if b is not None:
+            arguments["b"] = np.broadcast_to(np.float32(b), a.shape)
+        got, want = jaxact.logsumexp(a, **arguments), jax.nn.logsumexp(a, **arguments)
+        assert isinstance(got, tuple) == return_sign
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert (g.shape, g.dtype) == (w.shape, w.dtype)
+            np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=1e-5, atol=100 * 8 * 2**-24)
+
+
+def test_positional_arguments_broadcasting_and_promotion() -> None:
+    a, b = jnp.zeros((3, 1)), jnp.ones((1, 4))
+    out = jaxact.logsumexp(a, 1, b, True, False, None)
+    assert out.shape == (3, 1)
+    np.testing.assert_allclose(np.asarray(out), np.log(4), rtol=2 * 2**-23)  # log and the sum
+    assert jaxact.logsumexp(jnp.array([1, 2])).dtype == jnp.float32
+    assert jaxact.logsumexp(jnp.array([True, False])).dtype == jnp.float32
+    assert jaxact.logsumexp(jnp.zeros(2, jnp.bfloat16), b=jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+    assert jaxact.logsumexp(3.0).tolist() == 3.0
+    assert jaxact.logsumexp(jnp.array([2.0, 5.0]), axis=()).tolist() == [2.0, 5.0]
+
+
+@pytest.mark.parametrize(("dtype", "nmant"), [("bfloat16", 7), ("float16", 10)])
+def test_16_bit_results_are_rounded_once(dtype: str, nmant: int) -> None:
+    # Half an ulp, and float32's own error: 2^-10 ulp here, and more where m cancels log1p.
+    a = jnp.asarray(np.random.default_rng(3).normal(size=(500, 9)) * 3, dtype)
+    want, *_ = exact(a)
+    ulp = 2.0 ** (np.floor(np.log2(abs(want))) - nmant)
+    got = jaxact.logsumexp(a, axis=-1)
+    assert got.dtype == a.dtype
+    assert (abs(np.asarray(got, np.float64) - want) <= 0.51 * ulp + 2**-22).all()
+
+
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_gradient_and_hessian_in_every_mode(inner: Any, outer: Any) -> None:
+    # softmax, of 5 u, and diag(p) − p pᵀ by 16 u of each element's magnitudes.
+    for row in np.float32(np.random.default_rng(4).normal(size=(5, 4)) * [[1], [3], [10], [20], [30]]):
+        e = np.exp(np.float64(row) - row.max())
+        k = e.argmax()
+        p = e / e.sum()
+        rest = np.where(np.arange(4) == k, np.delete(e, k).sum() / e.sum(), 1 - p)
+        np.testing.assert_allclose(np.asarray(inner(jaxact.logsumexp)(row)), p, rtol=12 * 2**-24, atol=2**-126)
+        want = np.where(np.eye(4) == 1, p * rest, -np.outer(p, p))
+        got = np.asarray(outer(inner(jaxact.logsumexp))(row))
+        np.testing.assert_allclose(got, want, rtol=24 * 2**-24, atol=2**-124)
+
+
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_weighted_derivatives(inner: Any) -> None:
+    # ∂/∂aᵢ = bᵢ e^{aᵢ}/Σ and ∂/∂bᵢ = e^{aᵢ}/Σ, of second order −(∂)(∂) and the diagonal. e^{a − out} has the error of
+    # `out`, a few ulp of numbers below 4, so 32 u; Σ loses no more than a factor of 4 to its negative terms.
+    a, b = np.float32([0.5, -1.0, 2.0, 1.0]), np.float32([1.0, 0.0, 2.0, -0.5])
+    e = np.exp(np.float64(a))
+    total = (b * e).sum()
+    da, db = b * e / total, e / total
+    got_a, got_b = inner(lambda a, b: jaxact.logsumexp(a, b=b), (0, 1))(a, b)
+    np.testing.assert_allclose(np.asarray(got_a), da, rtol=32 * 2**-24)
+    np.testing.assert_allclose(np.asarray(got_b), db, rtol=32 * 2**-24)
+    want = [[np.diag(da) - np.outer(da, da), np.diag(db) - np.outer(da, db)], [None, -np.outer(db, db)]]
+    for outer in (jax.jacfwd, jax.jacrev):
+        got = jax.jit(outer(inner(lambda a, b: jaxact.logsumexp(a, b=b), (0, 1)), (0, 1)))(a, b)
+        for i, j in ((0, 0), (0, 1), (1, 1)):
+            np.testing.assert_allclose(np.asarray(got[i][j]), want[i][j], rtol=0, atol=64 * 2**-24)  # elements below 1
+
+
+def test_negative_and_zero_sums() -> None:
+    a = jnp.array([0.0, 1.0])
+    assert jnp.isnan(jaxact.logsumexp(a, b=jnp.array([1.0, -1.0])))
+    value, sign = jaxact.logsumexp(a, b=jnp.array([1.0, -1.0]), return_sign=True)
+    np.testing.assert_allclose(float(value), np.log(np.e - 1), rtol=8 * 2**-23)  # a difference of twice its size
+    assert sign == -1
+    for b in ([1.0, -1.0], [0.0, 0.0]):
+        value, sign = jaxact.logsumexp(jnp.ones(2), b=jnp.array(b), return_sign=True)
+        assert (float(value), float(sign)) == (-INF, 0.0)
+        for argument in (0, 1):
+            f = lambda a, b: jaxact.logsumexp(a, b=b)  # noqa: E731
+            for jacobian in (jax.jacrev, jax.jacfwd):
+                assert jacobian(f, argument)(jnp.ones(2), jnp.array(b)).tolist() == [0, 0]
+    # An exponent without a weight does not count, however large.
+    assert jaxact.logsumexp(jnp.array([1e30, INF, NAN, 0.5])[:2], b=jnp.zeros(2)) == -INF
+    assert jaxact.logsumexp(jnp.array([1e30, 0.5]), b=jnp.array([0.0, 1.0])) == 0.5
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_special_values(weighted: bool) -> None:
+    for a, want, gradient in [
+        ([-INF, -INF], -INF, [0.0, 0.0]),
+        ([INF, 1.0], INF, [1.0, 0.0]),
+        ([INF, INF], INF, [0.5, 0.5]),
+        ([INF, -INF], INF, [1.0, 0.0]),
+        ([NAN, 1.0], NAN, [NAN, NAN]),
+        ([-INF, 3.0], 3.0, [0.0, 1.0]),
+        ([3e38, -3e38], 3e38, [1.0, 0.0]),
+        ([], -INF, []),
+    ]:
+        x = jnp.array(a, jnp.float32)
+
+        def f(x: Any) -> Any:
+            return jaxact.logsumexp(x, b=jnp.ones_like(x) if weighted else None)
+
+        np.testing.assert_array_equal(np.asarray(f(x)), np.float32(want))
+        for run in (jax.jacrev, jax.jacfwd):
+            np.testing.assert_array_equal(np.asarray(run(f)(x)), np.float32(gradient))
+    rows = jaxact.logsumexp(jnp.array([[NAN, 0.0], [1.0, -INF]]), axis=1)
+    assert jnp.isnan(rows).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("rubbish", [NAN, INF, -INF, 1e38])
+@pytest.mark.parametrize("weight", [1.0, NAN, INF])
+def test_a_masked_term_leaves_no_trace(rubbish: float, weight: float) -> None:
+    where = jnp.array([True, False, True])
+    a, b = jnp.array([0.5, rubbish, -1.0]), jnp.array([2.0, weight, -0.5])
+
+    def f(a: Any, b: Any) -> Any:
+        return jaxact.logsumexp(a, b=b, where=where)
+
+    want = np.log(2 * np.exp(0.5) - 0.5 * np.exp(-1.0))
+    np.testing.assert_allclose(float(f(a, b)), want, rtol=8 * 2**-23)  # log of a sum that loses little
+    np.testing.assert_allclose(float(jaxact.logsumexp(a, where=where)), np.logaddexp(0.5, -1.0), rtol=4 * 2**-23)
+    for argument in (0, 1):
+        for jacobian in (jax.jacrev, jax.jacfwd):
+            gradient = jacobian(f, argument)(a, b)
+            assert gradient[1] == 0
+            assert jnp.isfinite(gradient).all()
+            assert gradient[0] != 0
+            assert jnp.isfinite(jax.jacfwd(jacobian(f, argument), argument)(a, b)).all()
+
+
+def test_bad_arguments_raise_and_are_named() -> None:
+    x = jnp.zeros((2, 3))
+    for bad in (1j, [1.0], None, "a"):
+        with pytest.raises(TypeError, match=r"a must be"):
+            jaxact.logsumexp(bad)
+    with pytest.raises(TypeError, match="b must be real"):
+        jaxact.logsumexp(x, b=jnp.ones(3, jnp.complex64))
+    with pytest.raises(ValueError, match=r"b must broadcast .*\(2, 3\).*\(2,\)"):
+        jaxact.logsumexp(x, b=jnp.ones(2))
+    with pytest.raises(TypeError, match="where must be boolean"):
+        jaxact.logsumexp(x, where=jnp.ones(3))
+    with pytest.raises(ValueError, match="where must broadcast"):
+        jaxact.logsumexp(x, where=jnp.ones(2, bool))
+    with pytest.raises(ValueError, match="axis=2 is out of range"):
+        jaxact.logsumexp(x, axis=2)
+    with pytest.raises(TypeError, match="axis must be an int"):
+        jaxact.logsumexp(x, axis=0.5)

@@ -1,0 +1,461 @@
+"""softmax and log_softmax against float64 and mpmath: values, every derivative, the policies, and the errors."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from jax._src.ad_checkpoint import saved_residuals
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import jaxact
+
+INF, NAN = float("inf"), float("nan")
+BOTH = pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+NARROW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+# The unit roundoff u; and the size of what may be lost to underflow: XLA flushes subnormal float32 to 0, and float16
+# has subnormals, 2^-24 apart.
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
+LOST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25, "float64": 2.0**-1022}
+LARGEST = float(np.finfo(np.float32).max)
+
+
+# The oracle: float64, over the last axis. Nothing in it subtracts from 1 or from a sum what dominates there.
+
+
+def parts(x: Any) -> tuple[Any, Any, Any]:
+    """Probabilities, what each leaves to the others, and where the maximum is."""
+    x = np.asarray(x, np.float64)
+    top = np.arange(x.shape[-1]) == x.argmax(-1)[..., None]
+    e = np.exp(x - x.max(-1, keepdims=True))
+    others = np.where(top, 0, e).sum(-1, keepdims=True)
+    y = e / (1 + others)
+    return y, np.where(top, others / (1 + others), 1 - y), top
+
+
+def sum_of_others(w: Any, top: Any) -> Any:
+    rest = np.where(top, 0, w).sum(-1, keepdims=True)
+    return np.where(top, rest, np.maximum(rest - w, 0) + np.where(top, w, 0).sum(-1, keepdims=True))
+
+
+def exact_value(name: str, x: Any) -> Any:
+    y, _, top = parts(x)
+    if name == "softmax":
+        return y
+    x = np.asarray(x, np.float64)
+    d = x - x.max(-1, keepdims=True)
+    return d - np.log1p(np.where(top, 0, np.exp(d)).sum(-1, keepdims=True))
+
+
+def exact_product(name: str, mode: str, x: Any, v: Any) -> tuple[Any, Any]:
+    """J v (jvp) or Jᵀ v (vjp), and Σⱼ |Jᵢⱼ||vⱼ|."""
+    y, rest, top = parts(x)
+    v = np.asarray(v, np.float64)
+    if (name, mode) == ("log_softmax", "vjp"):
+        others = np.where(top, 0, v).sum(-1, keepdims=True)
+        product = np.where(top, v * rest - y * others, v - y * v.sum(-1, keepdims=True))
+        return product, rest * abs(v) + y * sum_of_others(abs(v), top)
+    h = v - np.where(top, v, 0).sum(-1, keepdims=True)  # a common offset changes nothing, and h is 0 at the top
+    product, bound = h - (y * h).sum(-1, keepdims=True), rest * abs(v) + sum_of_others(y * abs(v), top)
+    return (y * product, y * bound) if name == "softmax" else (product, bound)
+
+
+def ulps(got: Any, want: Any, dtype: str = "float32") -> float:
+    """The largest error in units of the spacing at the exact result, where that is a normal number."""
+    info = jnp.finfo(dtype)
+    spacing = 2.0 ** (np.floor(np.log2(np.maximum(abs(want), float(info.tiny)))) - info.nmant)
+    error = abs(np.asarray(got, np.float64) - want) / spacing
+    return float(error[abs(want) >= float(info.tiny)].max())
+
+
+def logits(scale: float | str, rows: int, classes: int, seed: int = 0) -> Any:
+    rng = np.random.default_rng(seed)
+    if scale != "dominated":
+        return rng.normal(size=(rows, classes)) * scale
+    x = rng.normal(size=(rows, classes))
+    x[np.arange(rows), rng.integers(0, classes, rows)] += rng.uniform(10, 80, rows)
+    return x
+
+
+# Values.
+
+
+@pytest.mark.parametrize("offset", [0, 50, -50, 300, -300, 1e4])
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000, 32768])
+def test_softmax_within_6_ulp_at_logit_scale_30(classes: int, offset: float) -> None:
+    # Documented. exp alone has 1, the sum and the product with a reciprocal the rest; measured 5.0.
+    x = np.float32(logits(30, max(2, 300_000 // classes), classes) + offset)
+    assert ulps(jaxact.softmax(x), exact_value("softmax", x)) <= 6
+
+
+@pytest.mark.parametrize(
+    "row", [[-60.3, 0.3], [-29.7, 0.3, -80.1], [10.3, -30], [92.33687, 5.668205], [0.1, -86.9], [88.7, 1.5]]
+)
+@pytest.mark.parametrize("padding", [0, 998, 32766])
+def test_softmax_of_hard_rows(row: list[float], padding: int) -> None:
+    x = np.float32(row + [-1e4] * padding)  # the padding has probability 0 and must not cost accuracy
+    assert ulps(jaxact.softmax(x), exact_value("softmax", x)) <= 6
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize("scale", [1, 30, "dominated"])
+def test_log_softmax_is_relatively_accurate(scale: float | str, classes: int) -> None:
+    # Two terms of one sign. The largest error is log1p's argument: Σ − 1 ≥ 1/4 has 5 times the relative error of Σ,
+    # which is 2 ulp. Measured 8.9.
+    x = np.float32(logits(scale, 2000, classes))
+    assert ulps(jaxact.log_softmax(x), exact_value("log_softmax", x)) <= 12
+
+
+@pytest.mark.parametrize("gap", [1.0, 5.0, 17.0, 20.0, 40.0, 69.5, 70.0, 86.0])
+def test_log_softmax_of_the_top_entry_down_to_the_smallest_numbers(gap: float) -> None:
+    want = float(-mpmath.log1p(mpmath.exp(-gap)))
+    for x in ([gap, 0.0], [0.0, -gap], [0.0, gap, -200.0]):
+        got = np.asarray(jaxact.log_softmax(np.float32(x)), np.float64).max()
+        assert abs(got - want) <= 4 * 2**-23 * abs(want)  # exp, log1p and the division by e^m have an ulp each
+
+
+@BOTH
+@NARROW
+@pytest.mark.parametrize("scale", [1, 10])
+def test_16_bit_results_are_rounded_once(name: str, dtype: str, scale: float) -> None:
+    # Half an ulp is the rounding; the rest of 0.51 is for float32's error, 2^-13 ulp of bfloat16, 2^-10 of float16.
+    x = jnp.asarray(logits(scale, 300, 7), dtype)
+    got = getattr(jaxact, name)(x)
+    assert got.dtype == x.dtype
+    assert ulps(got, exact_value(name, x), dtype) <= 0.51
+
+
+@BOTH
+def test_float64_against_mpmath(name: str, x64: None) -> None:
+    mpmath.mp.dps = 40
+    for x in logits(30, 20, 5).tolist():
+        total = mpmath.fsum(map(mpmath.exp, x))
+        exact = [mpmath.exp(a) / total if name == "softmax" else a - mpmath.log(total) for a in x]
+        got = np.asarray(getattr(jaxact, name)(jnp.asarray(x)))
+        assert got.dtype == np.float64
+        # As for float32.
+        assert all(abs(mpmath.mpf(float(g)) - w) <= 6 * 2.0**-52 * abs(w) for g, w in zip(got, exact, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, (0, 2), (2, -2), None, (0, 1, 2)])
+def test_axis_jit_and_vmap(name: str, axis: Any) -> None:
+    f = functools.partial(getattr(jaxact, name), axis=axis)
+    x = np.float32(logits(3, 6, 20).reshape(4, 5, 6))
+    axes = tuple(range(3)) if axis is None else tuple(a % 3 for a in np.atleast_1d(np.array(axis, int)))
+    rest = tuple(a for a in range(3) if a not in axes)
+    moved = np.transpose(x, rest + axes)
+    flat = moved.reshape(*moved.shape[: len(rest)], -1)
+    want = np.transpose(exact_value(name, flat).reshape(moved.shape), np.argsort(rest + axes))
+    limit = 6 if name == "softmax" else 12  # as above
+    assert ulps(f(x), want) <= limit
+    assert ulps(jax.jit(f)(x), want) <= limit
+    xs = np.stack([x, 2 * x, x - 7])
+    loop = np.stack([np.asarray(f(row)) for row in xs])
+    # The same formula, compiled for another shape, may sum in another order: both sides have their own error.
+    np.testing.assert_allclose(np.asarray(jax.vmap(f)(xs)), loop, rtol=2 * limit * 2**-23)
+
+
+@BOTH
+def test_shapes_and_promotion(name: str) -> None:
+    f = getattr(jaxact, name)
+    certain = float(name == "softmax")  # a class alone has probability 1
+    assert f(jnp.array([[5.0], [-1e30]])).tolist() == [[certain], [certain]]
+    assert f(jnp.zeros((3, 0))).shape == (3, 0)
+    assert f(jnp.zeros((0, 3))).shape == (0, 3)
+    assert jax.grad(lambda x: f(x).sum())(jnp.zeros((3, 0))).shape == (3, 0)
+    assert f(jnp.float32(3), axis=None).tolist() == certain
+    assert f(jnp.array([3.0, -7.0]), axis=()).tolist() == [certain, certain]
+    for x in (jnp.array([True, False]), jnp.array([1, 0]), np.array([1, 0], np.uint8)):
+        assert f(x).dtype == jnp.float32
+        assert f(x).tolist() == f(jnp.array([1.0, 0.0])).tolist()
+    with jax.enable_x64(True):
+        assert f(jnp.array([1, 0])).dtype == jnp.float64
+
+
+# Derivatives. Each probability has 5 u (exp 2, sum 1, reciprocal and product 2), and a product of two has twice that
+# and its own rounding: 12 u in float32, measured 10.7. In 16-bit types the saved y has 1 u, and the result another.
+
+BOUND = {"float32": 12, "bfloat16": 4, "float16": 4}
+
+
+@functools.cache
+def product(name: str, mode: str) -> Any:
+    f = getattr(jaxact, name)
+    return jax.jit(lambda x, v: jax.vjp(f, x)[1](v)[0] if mode == "vjp" else jax.jvp(f, (x,), (v,))[1])
+
+
+@functools.cache
+def hessian(name: str, outer: Any, inner: Any) -> Any:
+    return jax.jit(outer(inner(lambda x, g: jnp.vdot(g, getattr(jaxact, name)(x)))))
+
+
+@BOTH
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1, 10, 30, "dominated"])
+def test_each_element_of_a_derivative(name: str, mode: str, dtype: str, scale: float | str) -> None:
+    for classes in (2, 3, 10, 1000):
+        x = jnp.asarray(logits(scale, 300, classes, seed=classes), dtype)
+        rng = np.random.default_rng(1)
+        normal, hot = rng.normal(size=x.shape), np.eye(classes)[rng.integers(0, classes, len(x))]
+        for v in (normal, hot, np.eye(classes)[np.asarray(x).argmax(-1)], 1000 + normal, np.full(x.shape, 3.0)):
+            v = jnp.asarray(v, dtype)
+            want, bound = exact_product(name, mode, x, v)
+            got = product(name, mode)(x, v)
+            assert got.dtype == x.dtype
+            # Of y, of each product and of the result, whatever lies below the smallest number is lost.
+            size = abs(np.asarray(v, np.float64))
+            lost = LOST[dtype] * (1 + 4 * size.max() + parts(x)[0] * classes * size.max())
+            allowed = BOUND[dtype] * UNIT[dtype] * bound + lost
+            fits = abs(want) <= float(jnp.finfo(dtype).max)
+            error = abs(np.asarray(got, np.float64) - want)
+            assert (error <= allowed)[fits].all(), (classes, (error / allowed)[fits].max())
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1, 10, "dominated"])
+def test_hessians_in_every_nesting_of_modes(name: str, scale: float | str) -> None:
+    # With z = Jᵀg: diag(z) − z yᵀ − y zᵀ for softmax, −(diag(y) − y yᵀ) Σ g for log_softmax. A product of three
+    # probabilities and a few sums: 32 u of the sum of the magnitudes, measured 14.
+    g = np.float32([1.5, -0.7, 0.3, 2.0])
+    for x in np.float32(logits(scale, 20, 4, seed=3)):
+        y, rest, _ = parts(x)
+        z, size = exact_product("softmax", "vjp", x, g)
+        if name == "softmax":
+            want = np.diag(z) - np.outer(z, y) - np.outer(y, z)
+            bound = np.diag(size) + np.outer(size, y) + np.outer(y, size)
+        else:
+            want = -float(g.sum()) * np.where(np.eye(4) == 1, y * rest, -np.outer(y, y))
+            bound = abs(g).sum() * abs(want) / float(g.sum())
+        for outer in (jax.jacfwd, jax.jacrev):
+            for inner in (jax.jacfwd, jax.jacrev):
+                got = np.asarray(hessian(name, outer, inner)(x, g), np.float64)
+                assert (abs(got - want) <= 32 * 2**-24 * bound + 8 * LOST["float32"]).all(), (x, got, want)
+
+
+@BOTH
+def test_reverse_mode_keeps_one_array(name: str) -> None:
+    x = jnp.ones((8, 16))
+    kept = [aval for aval, _ in saved_residuals(lambda x: getattr(jaxact, name)(x), x)]
+    assert [aval.shape for aval in kept if aval.size > 1] == [(8, 16)]
+
+
+# Policies.
+
+
+@BOTH
+@pytest.mark.parametrize("rubbish", [NAN, INF, -INF, 1e38, -1e38, 100.0])
+def test_a_masked_entry_leaves_no_trace(name: str, rubbish: float) -> None:
+    f = getattr(jaxact, name)
+    mask = jnp.array([True, False, True, True])
+    x, short = jnp.array([1.0, rubbish, -2.0, 0.5]), jnp.array([1.0, -2.0, 0.5])
+    absent = 0.0 if name == "softmax" else -INF
+    keep = np.array([0, 2, 3])
+
+    def with_mask(x: Any) -> Any:
+        return f(x, where=mask)
+
+    def close(got: Any, want: Any) -> None:
+        # The same sums over one more 0: a few roundings of numbers of size 1.
+        np.testing.assert_allclose(np.asarray(got)[keep], want, rtol=8 * 2**-23, atol=8 * 2**-24)
+
+    value, pullback = jax.vjp(with_mask, x)
+    assert value[1] == absent
+    close(value, f(short))
+    g = jnp.array([0.3, 7.0, -1.0, 2.0])
+    assert pullback(g)[0][1] == 0
+    close(pullback(g)[0], jax.vjp(f, short)[1](g[keep])[0])
+    pushed = jax.jvp(with_mask, (x,), (g,))[1]
+    assert pushed[1] == 0
+    close(pushed, jax.jvp(f, (short,), (g[keep],))[1])
+    hessian = jax.hessian(lambda x: jnp.where(mask, with_mask(x), 0) @ g)(x)
+    assert not hessian[1].any()
+    assert not hessian[:, 1].any()
+    assert jnp.isfinite(hessian).all()
+    np.testing.assert_array_equal(np.asarray(f(jnp.stack([x, x]), where=mask)), np.stack([value, value]))
+
+
+@BOTH
+def test_minus_infinity_is_masked(name: str) -> None:
+    f = getattr(jaxact, name)
+    x, mask = jnp.array([1.0, -INF, -2.0]), jnp.array([True, False, True])
+    g = jnp.array([0.3, 7.0, -1.0])
+    for run in (lambda f: f(x), lambda f: jax.vjp(f, x)[1](g)[0], lambda f: jax.jvp(f, (x,), (g,))[1]):
+        np.testing.assert_array_equal(np.asarray(run(f)), np.asarray(run(lambda x: f(x, where=mask))))
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize(("x", "mask"), [([-INF, -INF], [True, True]), ([NAN, 3.0], [False, False])])
+def test_a_row_without_classes(name: str, x: list[float], mask: list[bool], temperature: float) -> None:
+    row, where = jnp.array([x, [0.0, 0.0]]), jnp.array([mask, [True, True]])
+    f = functools.partial(getattr(jaxact, name), where=where, temperature=temperature)
+    assert f(row)[0].tolist() == ([0.0, 0.0] if name == "softmax" else [-INF, -INF])
+    g = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    for derivative in (jax.vjp(f, row)[1](g)[0], jax.jvp(f, (row,), (g,))[1]):
+        assert derivative[0].tolist() == [0.0, 0.0]
+        assert derivative[1].all()
+    hessian = jax.hessian(lambda row: jnp.where(row == 0, f(row), 0).sum())(row)
+    assert jnp.isfinite(hessian).all()
+    scale = jax.grad(lambda t: getattr(jaxact, name)(row[0], where=where[0], temperature=t)[0])(temperature)
+    assert scale == 0
+
+
+SPECIAL = [
+    ([INF, 1.0, -INF], [1.0, 0.0, 0.0]),
+    ([INF, 1.0, INF, INF, INF], [0.25, 0.0, 0.25, 0.25, 0.25]),
+    ([INF, LARGEST], [0.5, 0.5]),
+    ([INF, 1e38], [1.0, 0.0]),
+    ([NAN, 1.0], [NAN, NAN]),
+    ([NAN, INF], [NAN, NAN]),
+    ([NAN, -INF], [NAN, NAN]),
+    ([LARGEST, -LARGEST], [1.0, 0.0]),
+    ([LARGEST, LARGEST], [0.5, 0.5]),
+    ([-LARGEST, -LARGEST, -LARGEST, -LARGEST], [0.25] * 4),
+    ([1e38, -1e38, 1e38], [0.5, 0.0, 0.5]),
+    ([-LARGEST, -INF], [1.0, 0.0]),
+    ([-0.0, 0.0], [0.5, 0.5]),
+    ([5.0], [1.0]),
+    ([NAN], [NAN]),
+    ([INF], [1.0]),
+]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("x", "want"), SPECIAL)
+def test_special_values(x: list[float], want: list[float], temperature: float) -> None:
+    # A power of 2 as a share is exact, and so is its logarithm after rounding, to half an ulp of log1p.
+    run = jax.jit(jaxact.softmax)
+    np.testing.assert_array_equal(np.asarray(run(jnp.array(x), temperature=temperature)), np.float32(want))
+    rows = jnp.array([x, [0.0] * len(x)])
+    assert not jnp.isnan(jaxact.softmax(rows)[1]).any()  # a nan stays in its row
+    with np.errstate(divide="ignore"):
+        log = np.log(np.float64(want))
+    got = np.asarray(jaxact.log_softmax(rows, temperature=temperature))
+    finite = np.array(want) != 0
+    np.testing.assert_allclose(got[0][finite], log[finite], rtol=2 * 2**-23)
+    assert (got[0][~finite] <= -1e37).all()  # −inf, or the difference of the logits where that is a number
+    assert not np.isnan(got[1]).any()
+    for name in ("softmax", "log_softmax"):
+        gradient = jax.grad(lambda x, name=name: getattr(jaxact, name)(x)[:, 0].sum())(rows)
+        assert jnp.isnan(gradient[0]).all() == np.isnan(want).all()
+        assert jnp.isfinite(gradient[1]).all()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_ties(name: str, dtype: str, count: int) -> None:
+    f = getattr(jaxact, name)
+    x = jnp.asarray([2.5] * count, dtype)
+    want = exact_value(name, x)
+    assert ulps(f(x), want, dtype) <= (0.51 if dtype != "float32" else 2)  # e/Σ, two roundings and a reciprocal's
+    product, bound = exact_product(name, "vjp", x, np.eye(count)[0])
+    got = np.asarray(jax.grad(lambda x: f(x)[0])(x), np.float64)
+    assert (abs(got - product) <= BOUND[dtype] * UNIT[dtype] * bound).all()
+    assert len(set(got[1:].tolist())) == 1
+
+
+# Temperature.
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 3.0, 1e4])
+def test_temperature_divides_the_logits(name: str, temperature: float) -> None:
+    # (x − m)/T has two roundings, of which the exponential makes an error of 2 u |x − m|/T: in a probability relative
+    # to it, in its logarithm relative to each term of the sum.
+    x, f = np.float32(logits(10, 500, 6)), getattr(jaxact, name)
+    t = float(np.float32(temperature))
+    want = exact_value(name, x / np.float64(t))
+    distance = (x.max(-1, keepdims=True) - x.astype(np.float64)) / t
+    error = distance * want if name == "softmax" else (distance * np.exp(-distance)).sum(-1, keepdims=True)
+    allowed = 2**-24 * (24 * abs(want) + 2 * error) + LOST["float32"]
+    for got in (f(x, temperature=temperature), jax.jit(lambda x, t: f(x, temperature=t))(x, temperature)):
+        assert (abs(np.asarray(got, np.float64) - want) <= allowed).all()
+
+
+def test_temperature_limits() -> None:
+    x = jnp.array([[1.0, 3.0, -2.0], [5.0, 4.9, 4.0]])
+    assert jaxact.softmax(x, temperature=1e-6).tolist() == [[0, 1, 0], [1, 0, 0]]
+    np.testing.assert_allclose(
+        np.asarray(jaxact.softmax(x, temperature=1e30)), 1 / 3, rtol=2 * 2**-23
+    )  # three roundings
+    assert jax.grad(lambda t: jaxact.softmax(x[0], temperature=t)[0])(1e-6) == 0
+    for bad in (0.0, -1.0, NAN):
+        for f in (jaxact.softmax, jaxact.log_softmax):
+            assert jnp.isnan(jax.jit(lambda t, f=f: f(x, temperature=t))(bad)).all()
+
+
+@BOTH
+def test_derivatives_in_temperature_against_mpmath(name: str, x64: None) -> None:
+    # float64, 64 roundings of terms that cancel by a factor below 100; differences in mpmath have 30 digits.
+    mpmath.mp.dps = 60
+    x, g = [0.3, -1.7, 2.2, 4.0], [1.0, -0.3, 0.7, 2.0]
+
+    def exact(t: Any, x0: Any) -> Any:
+        z = [a / t for a in [x0, *x[1:]]]
+        total = mpmath.fsum(map(mpmath.exp, z))
+        return mpmath.fsum(
+            b * (mpmath.exp(a) / total if name == "softmax" else a - mpmath.log(total))
+            for a, b in zip(z, g, strict=True)
+        )
+
+    def f(t: Any, x0: Any) -> Any:
+        return jnp.array(g) @ getattr(jaxact, name)(jnp.concatenate([x0[None], jnp.array(x[1:])]), temperature=t)
+
+    at = (jnp.array(0.8), jnp.array(x[0]))
+    want = {order: float(mpmath.diff(exact, (0.8, x[0]), order)) for order in [(1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]}
+    for outer, inner in ((jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacfwd)):
+        first = jax.jit(inner(f, (0, 1)))(*at)
+        second = jax.jit(outer(inner(f, (0, 1)), (0, 1)))(*at)
+        got = [*first, second[0][0], second[0][1], second[1][1]]
+        np.testing.assert_allclose(
+            np.array(got), [want[k] for k in [(1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]], rtol=1e-12
+        )
+
+
+# Errors, and several devices.
+
+
+@BOTH
+def test_bad_arguments_raise_and_are_named(name: str) -> None:
+    f, x = getattr(jaxact, name), jnp.zeros((2, 3))
+    for bad in (jnp.zeros(2, jnp.complex64), 1j, "logits", [1.0, 2.0], None):
+        with pytest.raises(TypeError, match=r"^x must be"):
+            f(bad)
+    with pytest.raises(TypeError, match="where must be boolean"):
+        f(x, where=jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"where must broadcast .*\(2, 3\).*\(2,\)"):
+        f(x, where=jnp.ones(2, bool))
+    for axis in (2, -3, (0, 5)):
+        with pytest.raises(ValueError, match=r"axis=.* is out of range"):
+            f(x, axis=axis)
+    with pytest.raises(ValueError, match="axis=-1 is out of range"):
+        f(jnp.float32(1))
+    with pytest.raises(ValueError, match=r"axis=\(1, -1\) names an axis twice"):
+        f(x, axis=(1, -1))
+    for axis in (1.5, "1", (0, 0.5)):
+        with pytest.raises(TypeError, match="axis must be an int"):
+            f(x, axis=axis)
+    for temperature in (0, 0.0, -1.0, INF, NAN, jnp.float32(-2), jnp.array([1.0]), np.ones(3)):
+        with pytest.raises(ValueError, match="temperature must be"):
+            f(x, temperature=temperature)
+
+
+@BOTH
+def test_sharded_over_the_batch(name: str) -> None:
+    f = getattr(jaxact, name)
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
+    x = jnp.asarray(np.float32(logits(3, 4, 5)))
+    want, gradient = f(x), jax.grad(lambda x: f(x)[:, 0].sum())(x)
+    sharded = jax.device_put(x, NamedSharding(mesh, P("batch")))
+    inside = jax.shard_map(f, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
+    for g in (jax.jit(f), jax.jit(inside)):
+        # One device computes the same, but may fuse otherwise: a few roundings of numbers up to 20.
+        np.testing.assert_allclose(np.asarray(g(sharded)), want, rtol=12 * 2**-23)
+        got = jax.jit(jax.grad(lambda x, g=g: g(x)[:, 0].sum()))(sharded)
+        np.testing.assert_allclose(np.asarray(got), gradient, rtol=1e-5, atol=24 * 2**-24)
