@@ -46,8 +46,8 @@ def softmax(
         x̄ = y ⊙ (ȳ − ⟨ȳ, y⟩)/T and T̄ = −Σ x̄ log y. Reverse mode keeps `y`.
 
     Numerics:
-        At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element, also
-        where one probability rounds to 1 (`jax.nn.softmax` loses that entry) or ȳ has a large common offset.
+        At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 12·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element,
+        also where one probability rounds to 1 (`jax.nn.softmax` loses that entry) or ȳ has a large common offset.
         16-bit types are computed in float32 and rounded once. Held by `tests/test_softmax.py`.
 
     Example:
@@ -60,12 +60,11 @@ def softmax(
     References:
         jax issues 40386, 40344, 37234, 17117 and 13529.
     """
-    return _softmax_of_any(x, axis, where, canonical_temperature(temperature))
+    return _softmax_of_any(as_float("x", x), axis, where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
-    x = as_float("x", x)
+def _softmax_of_any(x: Array, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     axes = canonical_axis("axis", axis, x.ndim)
     return _softmax(masked(x, where, -math.inf), _divisor(temperature, x), axes)
 
@@ -75,11 +74,19 @@ def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperatu
 @rounded_once
 def _softmax(x: Array, t: Array | None, axis: tuple[int, ...]) -> Array:
     if all(x.shape[a] == 1 for a in axis):
-        # One class takes everything, exactly; e·(1/e), as XLA divides, can round to less than 1.
+        # One class takes everything.
         return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
-    e = _exponentials(x, _finite(_max(x, axis)), t, axis)
+    peak = _finite(_max(x, axis))
+    count = _count(x, axis)
+    e = _exponentials(x, peak, t, count)
+    total = jnp.sum(e, axis, keepdims=True)
+    # XLA divides by multiplying with the reciprocal, and e·(1/e) can round to less than 1. Where one class takes all
+    # but a few ulp, a reciprocal one ulp larger and a cut at 1 make its probability exactly 1: the rule relies on that.
+    eps = float(jnp.finfo(x.dtype).eps)
+    surplus = total / _exponentials(peak, peak, t, count) - 1
+    ulp = eps * jnp.maximum(1 - surplus / (4 * eps), 0)
     # The sum is at least 1 where any class is left, and 0 where none is.
-    return e / jnp.maximum(jnp.sum(e, axis, keepdims=True), 1)
+    return jnp.minimum(e * ((1 + ulp) / jnp.maximum(total, 1)), 1)
 
 
 def _softmax_fwd(x: Array, t: Array | None, axis: tuple[int, ...]) -> Any:
@@ -91,10 +98,11 @@ def _softmax_bwd(axis: tuple[int, ...], residuals: Any, g: Array) -> Any:
     y, t = residuals
     dtype = y.dtype
     y, g = _widen(y), _widen(g)
-    # u = ȳ − ⟨ȳ, y⟩ cancels where one probability is near 1. What rounding left over is ⟨u, y⟩, which should be 0:
-    # taking it off again leaves errors of the size of the small entries only.
-    u = g - jnp.sum(g * y, axis, keepdims=True)
-    z = y * (u - jnp.sum(u * y, axis, keepdims=True))
+    # The Jacobian is diag(y) − y yᵀ = Pᵀ diag(y) P with P u = u − ⟨u, y⟩. Where one probability is near 1, subtracting
+    # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
+    # symmetric, as the Jacobian is: transposed for forward mode it is the same three steps.
+    z = y * (g - jnp.sum(g * y, axis, keepdims=True))
+    z = z - y * jnp.sum(z, axis, keepdims=True)
     if t is None:
         return z.astype(dtype), None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.
@@ -143,12 +151,11 @@ def log_softmax(
     References:
         jax issues 40384, 40409, 19490 and 23842.
     """
-    return _log_softmax_of_any(x, axis, where, canonical_temperature(temperature))
+    return _log_softmax_of_any(as_float("x", x), axis, where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
-    x = as_float("x", x)
+def _log_softmax_of_any(x: Array, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     axes = canonical_axis("axis", axis, x.ndim)
     return _log_softmax(masked(x, where, -math.inf), _divisor(temperature, x), axes)
 
@@ -177,10 +184,11 @@ def _log_softmax_bwd(axis: tuple[int, ...], residuals: Any, g: Array) -> Any:
     # A result of −inf is constant. The factor is 0 where x is −inf and 1 elsewhere.
     largest = float(jnp.finfo(x.dtype).max)
     g = g * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
-    # v = ȳ − p Σ ȳ cancels where p is near 1. What rounding left over is Σ v, which should be 0, and most of it is
-    # the error of the entry with the largest p: it is taken off in proportion to p.
+    # The Jacobian is I − 1 pᵀ, a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ lost to
+    # rounding at the largest probability is Σ v, and the second time takes it off. The barrier keeps XLA from computing
+    # v twice, with a contraction here and without it there.
     p = _softmax(x, t, axis)
-    v = g - p * jnp.sum(g, axis, keepdims=True)
+    v = lax.optimization_barrier(g - p * jnp.sum(g, axis, keepdims=True))
     v = v - p * jnp.sum(v, axis, keepdims=True)
     if t is None:
         return v.astype(dtype), None
@@ -193,7 +201,6 @@ def _log_softmax_bwd(axis: tuple[int, ...], residuals: Any, g: Array) -> Any:
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "keepdims", "return_sign"))
 def logsumexp(
     a: ArrayLike,
     axis: Axis = None,
@@ -239,9 +246,15 @@ def logsumexp(
     References:
         jax issues 6811 and 22398.
     """
-    a = as_float("a", a)
-    if b is not None:
-        weights = as_float("b", b)
+    weights = None if b is None else as_float("b", b)
+    return _logsumexp_of_any(as_float("a", a), axis, weights, keepdims, return_sign, where)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
+def _logsumexp_of_any(
+    a: Array, axis: Axis, weights: Array | None, keepdims: bool, return_sign: bool, where: ArrayLike | None
+) -> Any:
+    if weights is not None:
         dtype = jnp.promote_types(a.dtype, weights.dtype)
         try:
             a, weights = jnp.broadcast_arrays(a.astype(dtype), weights.astype(dtype))
@@ -249,7 +262,7 @@ def logsumexp(
             raise ValueError(f"b must broadcast against a, of shape {a.shape}, got shape {weights.shape}.") from None
     axes = canonical_axis("axis", axis, a.ndim)
     x = masked(a, where, -math.inf)
-    if b is None:
+    if weights is None:
         out = _logsumexp(x, axes)
         # The sum of exponentials is positive, 0 where it is empty and nan where it is nan.
         fixed = lax.stop_gradient(out)
@@ -315,8 +328,10 @@ def _weighted_logsumexp_bwd(axis: tuple[int, ...], residuals: Any, g: Any) -> An
     infinite = (a == jnp.inf) & (b != 0)
     share = 1 / jnp.abs(jnp.sum(jnp.where(infinite, b, 0), axis, keepdims=True))
     ratio = jnp.where(out == jnp.inf, jnp.where(infinite, share, 0), jnp.exp(jnp.where(empty, -jnp.inf, a) - out))
-    b_bar = g_out * sign * jnp.where(empty, 0, ratio)
-    a_bar = jnp.where(b == 0, 0, b * b_bar)
+    ratio = jnp.where(empty, 0, ratio)
+    b_bar = g_out * sign * ratio
+    # A term of weight 0 does not count, however large its exponent; but ∂ā/∂b is not 0 there.
+    a_bar = g_out * sign * b * jnp.where((b == 0) & ~jnp.isfinite(ratio), 0, ratio)
     return a_bar.astype(dtype), b_bar.astype(dtype)
 
 
@@ -326,41 +341,43 @@ _weighted_logsumexp.defvjp(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
 # The shift, and what is summed after it.
 
 
-def _exponentials(x: Array, peak: Array, t: Array | None, axis: tuple[int, ...]) -> Array:
-    """exp((x − s)/t) with s = `_shift(peak)`: their sum is at least 1, and its reciprocal a normal number."""
+def _exponentials(x: Array, peak: Array, t: Array | None, count: int) -> Array:
+    """exp((x − s)/t), up to a factor common to the row: the sum of `count` of them is at least 1 and not too large.
+
+    Subtracting the maximum m as s rounds: by up to |x − m|·u, a relative error in the exponential of 66 ulp at logit
+    scale 30. But the maximum is only one of many shifts that prevent overflow. An integer s ≤ m such that m − s stays
+    below the logarithm of the largest number serves as well, and of these we take the one nearest 0: then x − s is
+    exact unless |x − s| exceeds |x|, where it is small. Where t divides, that rounds in any case, and s = m.
+    """
     # The minimum changes nothing but +inf. It keeps XLA from contracting the multiplication in `softmax(a * x)` with
     # the subtraction, after which the maximum would no longer be the largest (jax issue 37234).
-    d = jnp.minimum(x, peak) - _shift(peak, t, math.prod(x.shape[a] for a in axis))
-    return jnp.exp(d if t is None else d / t)
-
-
-def _shift(peak: Array, t: Array | None, count: int) -> Array:
-    """What to subtract from logits with maximum `peak` before exponentiating `count` of them.
-
-    Subtracting the maximum rounds: by up to |x − m|·u, a relative error in the exponential of 66 ulp at logit scale
-    30. But the maximum is only one of many shifts that prevent overflow. An integer s ≤ m such that m − s stays below
-    the logarithm of the largest number serves as well, and of these we take the one nearest 0: then x − s is exact
-    unless |x − s| exceeds |x|, where it is small. Where t divides, that rounds in any case, and s = m.
-    """
+    x = jnp.minimum(x, peak)
     if t is not None:
-        return peak
-    # Two below the limit: one for rounding up to an integer, one for the reciprocal of the sum, which XLA
-    # multiplies with.
-    room = math.floor(math.log(float(jnp.finfo(peak.dtype).max)) - math.log(max(count, 1))) - 2
-    return jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
+        return jnp.exp((x - peak) / t)
+    # Room for rounding s up, and for the reciprocal of the sum to be a normal number.
+    room = math.floor(math.log(float(jnp.finfo(peak.dtype).max))) - 2
+    shift = jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
+    # Room for the sum: a power of 2, where the maximum is so large that it flushes none of the small ones.
+    large = jnp.minimum(jnp.floor(jnp.maximum(peak / 64, 0)), 1)
+    return jnp.exp(x - shift) * (1 - large * (1 - 2.0 ** -(max(count, 1) - 1).bit_length()))
+
+
+def _count(x: Array, axis: tuple[int, ...]) -> int:
+    return math.prod(x.shape[a] for a in axis)
 
 
 def _sum_of_others(x: Array, peak: Array, t: Array | None, axis: tuple[int, ...]) -> Array:
     """Σ e^{(xⱼ − m)/t} over all j but one at which m is attained; 0 where no class is left."""
-    top = jnp.exp(peak - _shift(peak, t, math.prod(x.shape[a] for a in axis)))
-    all_but_one = jnp.sum(_exponentials(x, peak, t, axis), axis, keepdims=True) / top - 1
+    count = _count(x, axis)
+    at_peak = _exponentials(peak, peak, t, count)
+    all_but_one = jnp.sum(_exponentials(x, peak, t, count), axis, keepdims=True) / at_peak - 1
     # Where this difference is small it has cancelled. But then no second logit lies within 1 of the maximum, and the
     # weights below are 0 at the maximum and 1 elsewhere. The barrier makes the two sums two passes over x on CPU,
     # where XLA would otherwise write the exponentials to memory to share them.
     peak = lax.optimization_barrier(peak)
     distance = peak - jnp.minimum(x, peak)
     weight = jnp.minimum(distance if t is None else distance / t, 1)
-    far = jnp.sum(_exponentials(x, peak, t, axis) * weight, axis, keepdims=True) / top
+    far = jnp.sum(_exponentials(x, peak, t, count) * weight, axis, keepdims=True) / at_peak
     return jnp.where(all_but_one > 0.25, all_but_one, far)
 
 
@@ -369,7 +386,7 @@ def _max(x: Array, axis: tuple[int, ...]) -> Array:
 
 
 def _finite(top: Array) -> Array:
-    """The nearest finite number, so that ∞ − ∞ never occurs. Not `clip`, at which XLA for CPU would split the kernel."""
+    """The nearest finite number, so that ∞ − ∞ never occurs. Not `clip`, at which XLA for CPU splits the kernel."""
     largest = float(jnp.finfo(top.dtype).max)
     return -jnp.maximum(-jnp.maximum(top, -largest), -largest)
 

@@ -49,9 +49,7 @@ def predict(params: Params, x: Float[Array, "examples features"]) -> Int[Array, 
     return (z[:, 0] > 0).astype(int) if z.shape[1] == 1 else jnp.argmax(z, axis=1)
 
 
-def log_odds_against(
-    z: Float[Array, "examples logits"], y: Int[Array, " examples"]
-) -> Float[Array, " examples"]:
+def log_odds_against(z: Float[Array, "examples logits"], y: Int[Array, " examples"]) -> Float[Array, " examples"]:
     """log of the odds against the label: −z or z for one logit, log Σ_{j≠y} e^{zⱼ − z_y} for several.
 
     For two logits the sum has one term, and the log-odds are their difference: exactly what one logit models.
@@ -64,9 +62,7 @@ def log_odds_against(
     return logsumexp(jnp.take_along_axis(z, others, axis=1) - at_label, axis=1)
 
 
-def cross_entropy(
-    z: Float[Array, "examples logits"], y: Int[Array, " examples"]
-) -> Float[Array, " examples"]:
+def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]) -> Float[Array, " examples"]:
     """−log of the label's probability, one loss per example: binary for one logit, over the classes for several.
 
     Computed as softplus of the log-odds against the label. Every term is positive, so the loss is relatively accurate
@@ -201,8 +197,8 @@ def train_twins(
         loss: (params, x, y) ↦ mean loss, to compare another implementation; by default the mean of `cross_entropy`.
 
     Returns:
-        `Twins`, with `.sigmoid` and `.softmax`, each with `.loss` (before each step), `.accuracy` and `.params`, and the
-        gap between them. Arithmetic is in the dtype of `x`.
+        `Twins`, with `.sigmoid` and `.softmax`, each with `.loss` (before each step), `.accuracy` and `.params`, and
+        the gap between them. Arithmetic is in the dtype of `x`.
 
     Raises:
         ValueError: if `x` or `y` has the wrong shape, no rows, nan or infinite features, labels other than 0 and 1 or

@@ -1,4 +1,4 @@
-"""Every function, its gradient, its pushforward and its Hessian lower for every platform, which needs no such device."""
+"""Every function, its gradient, its pushforward and its Hessian lower for every platform, without having one."""
 
 from collections.abc import Callable
 from typing import Any

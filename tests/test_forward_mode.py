@@ -92,6 +92,7 @@ def test_every_nesting_to_fourth_order(names: tuple[str, ...], how: str) -> None
 
 
 @pytest.mark.usefixtures("x64")
+@jax.check_tracer_leaks(False)  # for the same reason
 def test_every_way_to_ask_for_a_derivative() -> None:
     x, v = jnp.asarray(POINTS), jnp.asarray([1.0, -2.0, 0.5])
     first, second = gauss_derivative(1, x), gauss_derivative(2, x)
