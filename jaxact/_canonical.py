@@ -15,11 +15,16 @@ from jax.typing import ArrayLike
 Axis = int | tuple[int, ...] | None
 
 
+def require_array(name: str, x: ArrayLike) -> ArrayLike:
+    """`x`, if it is an array or a number. Cheap, for use before a jitted call, which would take containers apart."""
+    if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
+        raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}.")
+    return x
+
+
 def as_float(name: str, x: ArrayLike) -> Array:
     """`x` as a floating-point array: integers and bools become the default float."""
-    if not isinstance(x, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-        raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}.")
-    array = jnp.asarray(x)
+    array = jnp.asarray(require_array(name, x))
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array
     if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool:
@@ -83,12 +88,12 @@ def canonical_temperature(temperature: ArrayLike) -> ArrayLike | None:
 
     A value that is known is checked. A traced one cannot be: the functions return nan where it is not positive.
     """
-    if isinstance(temperature, int | float) and temperature == 1:
+    if isinstance(temperature, (int, float)) and temperature == 1:
         return None
     if np.ndim(temperature) != 0:
         raise ValueError(f"temperature must be a scalar, got shape {np.shape(temperature)}.")
     try:
-        value = float(temperature)  # pyright: ignore[reportArgumentType]
+        value = float(temperature)  # type: ignore[arg-type]  # raises TypeError if it is complex
     except jax.errors.ConcretizationTypeError:
         return temperature
     if not 0 < value < math.inf:

@@ -43,6 +43,9 @@ def forward_mode(f: jax.custom_vjp) -> Any:
         `jax.checkpoint`, since JAX would otherwise save what the backward pass computes from them. A backward
         pass that loops with `lax.scan` needs its body wrapped in `jax.checkpoint(..., prevent_cse=False)` too.
 
+        JAX 0.10 forgets custom rules, its own `jax.custom_jvp` included, in the forward derivative of the gradient of
+        a `lax.scan` (`jax.hessian` of a loop). Here that is an error and not a wrong number; JAX 0.12 has mended it.
+
     Example:
         >>> import jax, jaxact
         >>> @jaxact.forward_mode
@@ -72,7 +75,7 @@ def forward_mode(f: jax.custom_vjp) -> Any:
 
     # With symbolic zeros we learn which arguments move, and transpose with respect to those alone.
     in_every_mode.defjvp(pushforward, symbolic_zeros=True)
-    in_every_mode.defvjp = f.defvjp  # pyright: ignore[reportAttributeAccessIssue]
+    in_every_mode.defvjp = f.defvjp  # type: ignore[attr-defined]  # custom_jvp has none, so we add it
     return in_every_mode
 
 
@@ -88,6 +91,8 @@ def _bind_static(f: jax.custom_vjp, static: list[Any], count: int) -> Callable[.
 
 
 def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
+    out_tree: Any
     leaves, tree = jax.tree.flatten(primals)
     tangent_leaves = tree.flatten_up_to(tangents)
     moves = [not isinstance(t, SymbolicZero) for t in tangent_leaves]
@@ -107,19 +112,29 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
         return vjp(out_tree.unflatten(_with_float0(out_leaves, is_float, float_cotangents)))[0]
 
     transpose = jax.linear_transpose(backward, [y for y, inexact in zip(out_leaves, is_float, strict=True) if inexact])
+    moving_tangents = [t for m, t in zip(moves, tangent_leaves, strict=True) if m]
     try:
-        (float_tangents,) = transpose([t for m, t in zip(moves, tangent_leaves, strict=True) if m])
-    except Exception as error:
-        # Whatever went wrong, it went wrong in transposing: the rule itself has been traced above.
-        name = getattr(f, "__name__", repr(f))
-        raise TypeError(
-            f"forward_mode: the backward rule of {name!r} cannot be transposed, so there is no forward mode to derive "
-            f"from it ({type(error).__name__}: {str(error).strip() or 'no message'}). Either it is not linear in the "
-            "cotangent, which makes it wrong, or it applies to the cotangent an operation without a transpose "
-            "(lax.while_loop, another custom rule, a kernel). Write the rule with transposable operations, or use "
-            "jax.custom_vjp alone if reverse mode is enough."
-        ) from error
+        (float_tangents,) = transpose(moving_tangents)
+    except Exception:
+        # At higher orders this also runs the rules of functions that the backward pass calls, whose errors are not
+        # ours to explain. Transposing shapes alone runs none of them.
+        try:
+            jax.eval_shape(transpose, moving_tangents)
+        except Exception as error:
+            raise TypeError(_not_transposable(f, error)) from error
+        raise
     return out, out_tree.unflatten(_with_float0(out_leaves, is_float, float_tangents))
+
+
+def _not_transposable(f: jax.custom_vjp, error: Exception) -> str:
+    name = getattr(f, "__name__", repr(f))
+    return (
+        f"forward_mode: the backward rule of {name!r} cannot be transposed, so there is no forward mode to derive "
+        f"from it ({type(error).__name__}: {str(error).strip() or 'no message'}). Either it is not linear in the "
+        "cotangent, which makes it wrong, or it applies to the cotangent an operation without a transpose "
+        "(lax.while_loop, another custom rule, a kernel). Write the rule with transposable operations, or use "
+        "jax.custom_vjp alone if reverse mode is enough."
+    )
 
 
 def _with_float0(out_leaves: list[Any], is_float: list[bool], float_leaves: list[Any]) -> list[Any]:

@@ -15,7 +15,16 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jaxact._canonical import Axis, as_float, canonical_axis, canonical_temperature, compute_dtype, masked, rounded_once
+from jaxact._canonical import (
+    Axis,
+    as_float,
+    canonical_axis,
+    canonical_temperature,
+    compute_dtype,
+    masked,
+    require_array,
+    rounded_once,
+)
 from jaxact._forward_mode import forward_mode
 
 # A custom rule over (x, temperature) with the axes static.
@@ -52,19 +61,20 @@ def softmax(
 
     Example:
         >>> import jax.numpy as jnp, jaxact
-        >>> print(" ".join(f"{p:.4e}" for p in jaxact.softmax(jnp.array([-20.0, 10.0, 30.0]))))
-        1.9287e-22 2.0612e-09 1.0000e+00
+        >>> print(" ".join(f"{p:.3e}" for p in jaxact.softmax(jnp.array([-20.0, 10.0, 30.0]))))
+        1.929e-22 2.061e-09 1.000e+00
         >>> jaxact.softmax(jnp.array([1.0, jnp.nan, 1.0]), where=jnp.array([True, False, True]))
         Array([0.5, 0. , 0.5], dtype=float32)
 
     References:
         jax issues 40386, 40344, 37234, 17117 and 13529.
     """
-    return _softmax_of_any(as_float("x", x), axis, where, canonical_temperature(temperature))
+    return _softmax_of_any(require_array("x", x), axis, where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _softmax_of_any(x: Array, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
+def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
+    x = as_float("x", x)
     axes = canonical_axis("axis", axis, x.ndim)
     return _softmax(masked(x, where, -math.inf), _divisor(temperature, x), axes)
 
@@ -85,8 +95,8 @@ def _softmax(x: Array, t: Array | None, axis: tuple[int, ...]) -> Array:
     eps = float(jnp.finfo(x.dtype).eps)
     surplus = total / _exponentials(peak, peak, t, count) - 1
     ulp = eps * jnp.maximum(1 - surplus / (4 * eps), 0)
-    # The sum is at least 1 where any class is left, and 0 where none is.
-    return jnp.minimum(e * ((1 + ulp) / jnp.maximum(total, 1)), 1)
+    # The maximum changes nothing unless no class is left and the sum is 0.
+    return jnp.minimum(e * ((1 + ulp) / jnp.maximum(total, _reciprocal_power_of_2(count))), 1)
 
 
 def _softmax_fwd(x: Array, t: Array | None, axis: tuple[int, ...]) -> Any:
@@ -151,11 +161,12 @@ def log_softmax(
     References:
         jax issues 40384, 40409, 19490 and 23842.
     """
-    return _log_softmax_of_any(as_float("x", x), axis, where, canonical_temperature(temperature))
+    return _log_softmax_of_any(require_array("x", x), axis, where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _log_softmax_of_any(x: Array, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
+def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
+    x = as_float("x", x)
     axes = canonical_axis("axis", axis, x.ndim)
     return _log_softmax(masked(x, where, -math.inf), _divisor(temperature, x), axes)
 
@@ -246,29 +257,32 @@ def logsumexp(
     References:
         jax issues 6811 and 22398.
     """
-    weights = None if b is None else as_float("b", b)
-    return _logsumexp_of_any(as_float("a", a), axis, weights, keepdims, return_sign, where)
+    if b is not None:
+        require_array("b", b)
+    return _logsumexp_of_any(require_array("a", a), axis, b, keepdims, return_sign, where)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
 def _logsumexp_of_any(
-    a: Array, axis: Axis, weights: Array | None, keepdims: bool, return_sign: bool, where: ArrayLike | None
+    a: ArrayLike, axis: Axis, b: ArrayLike | None, keepdims: bool, return_sign: bool, where: ArrayLike | None
 ) -> Any:
-    if weights is not None:
-        dtype = jnp.promote_types(a.dtype, weights.dtype)
+    a = as_float("a", a)
+    if b is not None:
+        b = as_float("b", b)
+        dtype = jnp.promote_types(a.dtype, b.dtype)
         try:
-            a, weights = jnp.broadcast_arrays(a.astype(dtype), weights.astype(dtype))
+            a, b = jnp.broadcast_arrays(a.astype(dtype), b.astype(dtype))
         except ValueError:
-            raise ValueError(f"b must broadcast against a, of shape {a.shape}, got shape {weights.shape}.") from None
+            raise ValueError(f"b must broadcast against a, of shape {a.shape}, got shape {b.shape}.") from None
     axes = canonical_axis("axis", axis, a.ndim)
     x = masked(a, where, -math.inf)
-    if weights is None:
+    if b is None:
         out = _logsumexp(x, axes)
         # The sum of exponentials is positive, 0 where it is empty and nan where it is nan.
         fixed = lax.stop_gradient(out)
         sign = jnp.where(jnp.isnan(fixed), fixed, (fixed > -jnp.inf).astype(fixed.dtype))
     else:
-        out, sign = _weighted_logsumexp(x, masked(weights, where, 0), axes)
+        out, sign = _weighted_logsumexp(x, masked(b, where, 0), axes)
         if not return_sign:
             out = jnp.where(sign < 0, jnp.nan, out)
     if not keepdims:
@@ -342,7 +356,7 @@ _weighted_logsumexp.defvjp(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
 
 
 def _exponentials(x: Array, peak: Array, t: Array | None, count: int) -> Array:
-    """exp((x − s)/t), up to a factor common to the row: the sum of `count` of them is at least 1 and not too large.
+    """exp((x − s)/t), times a factor common to the row that keeps the sum of `count` of them within range.
 
     Subtracting the maximum m as s rounds: by up to |x − m|·u, a relative error in the exponential of 66 ulp at logit
     scale 30. But the maximum is only one of many shifts that prevent overflow. An integer s ≤ m such that m − s stays
@@ -359,7 +373,12 @@ def _exponentials(x: Array, peak: Array, t: Array | None, count: int) -> Array:
     shift = jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
     # Room for the sum: a power of 2, where the maximum is so large that it flushes none of the small ones.
     large = jnp.minimum(jnp.floor(jnp.maximum(peak / 64, 0)), 1)
-    return jnp.exp(x - shift) * (1 - large * (1 - 2.0 ** -(max(count, 1) - 1).bit_length()))
+    return jnp.exp(x - shift) * (1 - large * (1 - _reciprocal_power_of_2(count)))
+
+
+def _reciprocal_power_of_2(count: int) -> float:
+    """The largest power of 2 that is at most 1/count, and the least sum of exponentials."""
+    return 2.0 ** -(max(count, 1) - 1).bit_length()
 
 
 def _count(x: Array, axis: tuple[int, ...]) -> int:

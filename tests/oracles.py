@@ -1,4 +1,4 @@
-"""What the tests compare with: float64 in NumPy, 400 digits in mpmath. No code is shared with jaxact, nor with JAX.
+"""What the tests compare with, and where: float64 NumPy and mpmath, which share no code with jaxact.
 
 The NumPy oracles are written without cancellation. Their own error is a few float64 ulp, which is 1e-8 of a float32
 ulp; `test_sigmoid.py` holds them to that against mpmath, whose formulas are the textbook's.
@@ -101,6 +101,14 @@ def logit_1(p: np.ndarray) -> np.ndarray:
     return np.where((p < 0) | (p > 1), np.nan, 1 / (np.abs(p) * (1 - p)))
 
 
+VALUE_AND_SLOPE: dict[str, tuple[Oracle, Oracle]] = {
+    "sigmoid": (sigmoid, sigmoid_1),
+    "log_sigmoid": (log_sigmoid, lambda x: sigmoid(-np.asarray(x))),
+    "softplus": (softplus, sigmoid),
+    "logit": (logit, logit_1),
+}
+
+
 @_quietly
 def log_softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
     """(x − m) − log1p(Σ of the others), where m is the maximum and "the others" leaves out one place that attains it.
@@ -152,3 +160,27 @@ def _exact(name: str, order: int, x: Any) -> Any:
         derivatives = (1 / variance, (2 * x - 1) / variance**2, 2 * (1 - 3 * variance) / variance**3)
         return mpmath.log(odds) if order == 0 else derivatives[order - 1]
     raise ValueError(f"no oracle for {name!r}")
+
+
+def neighbours(center: float, dtype: Any) -> np.ndarray:
+    """`center` and eight numbers of the dtype on either side of it."""
+    at = np.asarray(center, dtype)
+    return (at.view(f"i{at.itemsize}") + np.arange(-8, 9, dtype=f"i{at.itemsize}")).view(dtype)
+
+
+def points(name: str, dtype: Any) -> np.ndarray:
+    """Random and adversarial inputs: all magnitudes, both tails, and around every point where a formula changes."""
+    rng = np.random.default_rng(0)
+    if name == "logit":
+        spread = [rng.uniform(0, 1, 200), 10 ** rng.uniform(-300, 0, 100), 1 - 10 ** rng.uniform(-16, 0, 100)]
+        centers = [0.25, 0.5, 0.75]
+    else:
+        # At e⁻³⁷ and e⁻¹⁷ 1 + e rounds to 1 in float64 and float32; at e^41.6 the sigmoid stops correcting it.
+        spread = [rng.normal(0, 10, 200), rng.normal(0, 250, 100), 10 ** rng.uniform(-300, 2, 100)]
+        centers = [x * sign for x in (np.log(2), 1, 17, 36.7, 41.6, 87.3, 708) for sign in (1, -1)]
+    with np.errstate(all="ignore"):  # not all fit into 16 bits
+        x = np.concatenate([np.concatenate(spread).astype(dtype)] + [neighbours(c, dtype) for c in centers])
+    wide = x.astype(np.float64)
+    # Zeros, infinities and nan have their own test, and XLA reads subnormal numbers as 0.
+    normal = np.isfinite(wide) & (np.abs(wide) >= float(ml_dtypes.finfo(dtype).smallest_normal))
+    return x[normal & (wide < 1)] if name == "logit" else x[normal]

@@ -269,7 +269,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_as_a_module(tmp_path: Path) -> None:
     file = write(tmp_path / "data.csv", *ROWS)
     root = Path(classifiers.__file__).parents[1]
-    command = [sys.executable, "-m", "jaxact", "converge", "--csv", file, "--label", "class", "--steps", "4"]
+    command = [sys.executable, "-m", "jaxact", "converge", "--csv", str(file), "--label", "class", "--steps", "4"]
     done = subprocess.run([*command, "--out", tmp_path], cwd=root, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
     assert "all 4 losses agree bit for bit." in done.stdout

@@ -33,13 +33,7 @@ def pushforward(f: Function) -> Function:
     return lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
 
 
-# Name: the function, its value and its derivative in float64.
-FUNCTIONS: dict[str, tuple[Function, oracles.Oracle, oracles.Oracle]] = {
-    "sigmoid": (jaxact.sigmoid, oracles.sigmoid, oracles.sigmoid_1),
-    "log_sigmoid": (jaxact.log_sigmoid, oracles.log_sigmoid, lambda x: oracles.sigmoid(-x)),
-    "softplus": (jaxact.softplus, oracles.softplus, oracles.sigmoid),
-    "logit": (jaxact.logit, oracles.logit, oracles.logit_1),
-}
+FUNCTIONS: dict[str, Function] = {name: getattr(jaxact, name) for name in oracles.VALUE_AND_SLOPE}
 
 # 16 bits: the float32 result is off by at most 3.5·2⁻¹³ ulp of float16 (2⁻¹⁶ of bfloat16), and rounding adds ½.
 ULPS_16 = 0.51
@@ -57,7 +51,7 @@ ULPS_32 = {
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_input_of_16_bits(name: str, dtype: Any) -> None:
-    f, value, slope = FUNCTIONS[name]
+    f, (value, slope) = FUNCTIONS[name], oracles.VALUE_AND_SLOPE[name]
     x = np.arange(2**16, dtype=np.uint16).view(dtype)
     if name == "logit" and dtype is ml_dtypes.bfloat16:
         # They are subnormal in float32 too, in which we compute, and XLA for CPU reads subnormal numbers as 0.
@@ -89,7 +83,7 @@ THREADS = 2  # NumPy and XLA release the interpreter's lock
 
 def compiled() -> dict[str, Function]:
     """The functions of `ULPS_32` for one block, compiled ahead, as they are outside of any other program."""
-    functions = {name: f for name, (f, _, _) in FUNCTIONS.items()} | {"sigmoid′": backward(jaxact.sigmoid)}
+    functions = FUNCTIONS | {"sigmoid′": backward(jaxact.sigmoid)}
     block = jax.ShapeDtypeStruct((BLOCK,), jnp.float32)
     return {name: jax.jit(functions[name]).lower(block).compile() for name in ULPS_32}
 

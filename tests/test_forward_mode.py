@@ -118,7 +118,7 @@ def test_narrow_dtypes_to_second_order(dtype: str) -> None:
         assert got.dtype == x.dtype
         # Eight roundings of quantities below 2 (x·x is larger, but exp damps it), eps/2 each.
         atol = 8 * jnp.finfo(dtype).eps
-        np.testing.assert_allclose(np.float64(got), gauss_derivative(len(names), x), rtol=0, atol=atol)
+        np.testing.assert_allclose(np.asarray(got, np.float64), gauss_derivative(len(names), x), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("rule_first", [False, True])
@@ -298,7 +298,8 @@ def test_reverse_mode_keeps_the_residuals_of_the_rule_and_no_more(rule: Any, arg
     plain, every = plain_and_every_mode(*rule)
     want = sum(arg.nbytes for arg in args)
     for f in (plain, every, jax.jit(every)):
-        assert sum(aval.size * aval.dtype.itemsize for aval, _ in saved_residuals(f, *args)) == want
+        kept: list[Any] = [aval for aval, _ in saved_residuals(f, *args)]
+        assert sum(aval.size * aval.dtype.itemsize for aval in kept) == want
         assert sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(f, *args)[1])) == want  # eager
 
 
@@ -317,7 +318,7 @@ def test_sharded_over_a_mesh() -> None:
     x, v = some(4, 3), some(4, 3) + 1
     _, every = plain_and_every_mode(*WASTEFUL)
 
-    def both(x: Array, v: Array) -> tuple[Array, Array]:
+    def both(x: Any, v: Any) -> tuple[Array, Array]:
         return jax.jvp(every, (x,), (v,))[1], jax.vjp(every, x)[1](v)[0]
 
     mapped = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows)))(x, v)

@@ -47,7 +47,7 @@ def test_jax_40386_gradient_of_softmax_keeps_the_dominating_entry(nn: Any, gap: 
 def test_jax_40344_diagonal_of_the_softmax_jacobian_where_a_class_is_certain(nn: Any) -> None:
     # In three classes, in both modes and off the origin: the rounding of a probability just below 1 must not count.
     for x in ([14.03, -0.68, -0.7], [30.3, -10.0, -9.0], [-3.3, -30.0, -43.6], [10.3, -30.0, -1000.0]):
-        e = np.exp(np.float64(np.float32(x)) - np.float64(np.float32(x[0])))
+        e = np.exp(np.float64(np.array(x, np.float32)) - np.float64(np.float32(x[0])))
         want = (e[1] + e[2]) / e.sum() ** 2
         for jacobian in (jax.jacrev, jax.jacfwd):
             assert relative(jacobian(nn.softmax)(jnp.array(x))[0, 0], want) <= 12 * 2**-24
@@ -103,7 +103,7 @@ def test_jax_17117_gradient_with_a_large_masked_logit(nn: Any, name: str) -> Non
         x = jnp.array([1.0, 1.0, large])
         jacobian = jax.jacrev(lambda x: jnp.where(mask, f(x, where=mask), 0))(x)
         p = 0.25 if name == "softmax" else 0.5  # powers of 2, so exact but for the reciprocal of a sum
-        want = [[p, -p, 0], [-p, p, 0], [0, 0, 0]]
+        want: list[list[float]] = [[p, -p, 0], [-p, p, 0], [0, 0, 0]]
         np.testing.assert_allclose(np.asarray(jacobian), want, rtol=8 * 2**-24)
 
 
@@ -166,7 +166,7 @@ def test_jax_15677_16096_bfloat16_gradients_of_a_training(nn: Any, name: str) ->
     # and at every tenth step compare the gradient of the logits in bfloat16 with float64's at the same logits: each
     # element within 4 u of Σ|J||ȳ|, and no bias: the mean error is below a tenth of u of the mean size.
     rng = np.random.default_rng(0)
-    inputs, labels = np.float32(rng.normal(size=(256, 8))), rng.integers(0, 5, 256)
+    inputs, labels = rng.normal(size=(256, 8)).astype(np.float32), rng.integers(0, 5, 256)
     inputs[np.arange(256), labels] += 2
     targets = np.eye(5)[labels]
     w = np.float64(rng.normal(size=(8, 5)) * 0.1)
@@ -200,7 +200,7 @@ def test_jax_16096_training_in_bfloat16_follows_float32(nn: Any) -> None:
     # float32. A gradient has a relative error of a few times 2^-8 that is not biased, so that after 60 steps the loss
     # is within 2 % of float32's.
     rng = np.random.default_rng(1)
-    inputs, labels = np.float32(rng.normal(size=(128, 4, 6))), rng.integers(0, 3, 128)
+    inputs, labels = rng.normal(size=(128, 4, 6)).astype(np.float32), rng.integers(0, 3, 128)
     inputs[np.arange(128), rng.integers(0, 4, 128), labels] += 4
     start = {"query": np.float32(rng.normal(size=6) * 0.1), "out": np.float32(rng.normal(size=(6, 3)) * 0.1)}
 

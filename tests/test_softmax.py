@@ -96,7 +96,7 @@ def test_softmax_within_6_ulp_at_logit_scale_30(classes: int, offset: float) -> 
 )
 @pytest.mark.parametrize("padding", [0, 998, 32766])
 def test_softmax_of_hard_rows(row: list[float], padding: int) -> None:
-    x = np.float32(row + [-1e4] * padding)  # the padding has probability 0 and must not cost accuracy
+    x = np.array(row + [-1e4] * padding, np.float32)  # the padding has probability 0 and must not cost accuracy
     assert ulps(jaxact.softmax(x), exact_value("softmax", x)) <= 6
 
 
@@ -113,7 +113,7 @@ def test_log_softmax_is_relatively_accurate(scale: float | str, classes: int) ->
 def test_log_softmax_of_the_top_entry_down_to_the_smallest_numbers(gap: float) -> None:
     want = float(-mpmath.log1p(mpmath.exp(-gap)))
     for x in ([gap, 0.0], [0.0, -gap], [0.0, gap, -200.0]):
-        got = np.asarray(jaxact.log_softmax(np.float32(x)), np.float64).max()
+        got = np.asarray(jaxact.log_softmax(np.array(x, np.float32)), np.float64).max()
         assert abs(got - want) <= 4 * 2**-23 * abs(want)  # exp, log1p and the division by e^m have an ulp each
 
 
@@ -221,8 +221,8 @@ def test_each_element_of_a_derivative(name: str, mode: str, dtype: str, scale: f
 def test_hessians_in_every_nesting_of_modes(name: str, scale: float | str) -> None:
     # With z = Jᵀg: diag(z) − z yᵀ − y zᵀ for softmax, −(diag(y) − y yᵀ) Σ g for log_softmax. A product of three
     # probabilities and a few sums: 32 u of the sum of the magnitudes, measured 14.
-    g = np.float32([1.5, -0.7, 0.3, 2.0])
-    for x in np.float32(logits(scale, 20, 4, seed=3)):
+    g = np.array([1.5, -0.7, 0.3, 2.0], np.float32)
+    for x in logits(scale, 20, 4, seed=3).astype(np.float32):
         y, rest, _ = parts(x)
         z, size = exact_product("softmax", "vjp", x, g)
         if name == "softmax":
@@ -240,7 +240,7 @@ def test_hessians_in_every_nesting_of_modes(name: str, scale: float | str) -> No
 @BOTH
 def test_reverse_mode_keeps_one_array(name: str) -> None:
     x = jnp.ones((8, 16))
-    kept = [aval for aval, _ in saved_residuals(lambda x: getattr(jaxact, name)(x), x)]
+    kept: list[Any] = [aval for aval, _ in saved_residuals(lambda x: getattr(jaxact, name)(x), x)]
     assert [aval.shape for aval in kept if aval.size > 1] == [(8, 16)]
 
 
@@ -330,11 +330,11 @@ SPECIAL = [
 def test_special_values(x: list[float], want: list[float], temperature: float) -> None:
     # A power of 2 as a share is exact, and so is its logarithm after rounding, to half an ulp of log1p.
     run = jax.jit(jaxact.softmax)
-    np.testing.assert_array_equal(np.asarray(run(jnp.array(x), temperature=temperature)), np.float32(want))
+    np.testing.assert_array_equal(np.asarray(run(jnp.array(x), temperature=temperature)), np.array(want, np.float32))
     rows = jnp.array([x, [0.0] * len(x)])
     assert not jnp.isnan(jaxact.softmax(rows)[1]).any()  # a nan stays in its row
     with np.errstate(divide="ignore"):
-        log = np.log(np.float64(want))
+        log = np.log(np.array(want, np.float64))
     got = np.asarray(jaxact.log_softmax(rows, temperature=temperature))
     finite = np.array(want) != 0
     np.testing.assert_allclose(got[0][finite], log[finite], rtol=2 * 2**-23)
@@ -438,9 +438,9 @@ def test_bad_arguments_raise_and_are_named(name: str) -> None:
         f(jnp.float32(1))
     with pytest.raises(ValueError, match=r"axis=\(1, -1\) names an axis twice"):
         f(x, axis=(1, -1))
-    for axis in (1.5, "1", (0, 0.5)):
+    for no_axis in (1.5, "1", (0, 0.5)):
         with pytest.raises(TypeError, match="axis must be an int"):
-            f(x, axis=axis)
+            f(x, axis=no_axis)
     for temperature in (0, 0.0, -1.0, INF, NAN, jnp.float32(-2), jnp.array([1.0]), np.ones(3)):
         with pytest.raises(ValueError, match="temperature must be"):
             f(x, temperature=temperature)

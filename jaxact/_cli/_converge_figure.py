@@ -16,8 +16,8 @@ from jaxact.classifiers import Twins
 SIGMOID, SOFTMAX = "#0072B2", "#D55E00"
 COLOURS = {PEER: "#009E73", OURS: "#000000"}
 INK, MUTED, BAND = "#222222", "#666666", "#EFEFEF"
-PALE = {"color": SIGMOID, "alpha": 0.35, "linewidth": 9, "solid_capstyle": "butt"}
-DOTS = {"linestyle": "none", "marker": "o", "markeredgewidth": 0, "rasterized": True}
+PALE: dict[str, Any] = {"color": SIGMOID, "alpha": 0.35, "linewidth": 9, "solid_capstyle": "butt"}
+DOTS: dict[str, Any] = {"linestyle": "none", "marker": "o", "markeredgewidth": 0, "rasterized": True}
 
 
 def draw(outcome: Outcome) -> Figure:

@@ -1,0 +1,52 @@
+"""The README is true: its table, its examples, and that importing jaxact imports nothing heavy."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxact
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ROWS = re.findall(r"^\| `(.+?)` \| (\S+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
+
+
+def evaluate(expression: str, nn: ModuleType) -> float:
+    return float(eval(expression, {"jax": jax, "jnp": jnp, "nn": nn}))
+
+
+@pytest.mark.parametrize(("expression", "theirs", "ours", "exact"), ROWS)
+def test_every_line_of_the_table(expression: str, theirs: str, ours: str, exact: str) -> None:
+    # Five digits are printed.
+    np.testing.assert_allclose(evaluate(expression, jaxact), float(ours), rtol=5e-5)
+    np.testing.assert_allclose(evaluate(expression, jax.nn), float(theirs), rtol=5e-5)
+    np.testing.assert_allclose(float(ours), float(exact), rtol=5e-5)
+
+
+def test_the_table_was_found() -> None:
+    assert len(ROWS) == 10
+
+
+def test_every_example_runs() -> None:
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        if "flax" in block:
+            pytest.importorskip(
+                "flax", reason="Flax and Equinox are not dependencies; their examples run where they are"
+            )
+        if "equinox" in block:
+            pytest.importorskip("equinox", reason="as above")
+        exec(block, names)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, jax; before = set(sys.modules); import jaxact; print(*sorted(set(sys.modules) - before))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    tops = {m.split(".")[0] for m in modules}
+    assert not tops & {"optax", "matplotlib", "rich", "sklearn", "flax", "equinox", "scipy", "pytest", "mpmath"}
