@@ -49,7 +49,8 @@ def rounded_once(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _convert(dtype: Any, a: Any) -> Any:
-    return a.astype(dtype) if hasattr(a, "dtype") else a
+    # Not needlessly: `astype` would make a Python number's weak dtype strong.
+    return a.astype(dtype) if hasattr(a, "dtype") and a.dtype != dtype else a
 
 
 def canonical_axis(name: str, axis: Axis, ndim: int) -> tuple[int, ...]:

@@ -117,7 +117,7 @@ def test_narrow_dtypes_to_second_order(dtype: str) -> None:
         got = jax.jit(jax.vmap(nest(names, gauss)))(x)
         assert got.dtype == x.dtype
         # Eight roundings of quantities below 2 (x·x is larger, but exp damps it), eps/2 each.
-        atol = 8 * jnp.finfo(dtype).eps
+        atol = 8 * float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(np.asarray(got, np.float64), gauss_derivative(len(names), x), rtol=0, atol=atol)
 
 

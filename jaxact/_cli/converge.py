@@ -140,11 +140,16 @@ def _experiment(data: Data, settings: argparse.Namespace, console: "Console") ->
     )
     if not sys.stdout.isatty():
         console.print(f"Training 2 x 2 classifiers for {settings.steps} steps, {settings.optimizer}.", soft_wrap=True)
+    losses: dict[str, dict[str, Any]] = {OURS: {}, PEER: {"loss": peer_loss}}
     twins: dict[str, Twins] = {}
     with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as bar:
-        for name, loss in {OURS: None, PEER: peer_loss}.items():
+        for name, loss in losses.items():
             task = bar.add_task(name, total=2 * settings.steps)
-            twins[name] = train(loss=loss, progress=lambda done, task=task: bar.update(task, completed=done))
+
+            def show(done: int, task: Any = task) -> None:
+                bar.update(task, completed=done)
+
+            twins[name] = train(**loss, progress=show)
     return Outcome(data, settings, twins, _decision(twins[OURS], jnp.asarray(train.args[0])))
 
 
