@@ -33,8 +33,8 @@ def sigmoid(x: ArrayLike) -> Float[Array, "..."]:
 
     Example:
         >>> import jax, jaxact
-        >>> jaxact.sigmoid(0.0)
-        Array(0.5, dtype=float32)
+        >>> print(jaxact.sigmoid(0.0))
+        0.5
         >>> print(f"{jax.grad(jaxact.sigmoid)(17.0):.4e}, {jax.grad(jax.nn.sigmoid)(17.0):.4e}")
         4.1399e-08, 0.0000e+00
 
@@ -211,8 +211,8 @@ def logit(p: ArrayLike) -> Float[Array, "..."]:
 @jax.custom_vjp
 @rounded_once
 def _logit(p: Array) -> Array:
-    # Near ½ the odds are near 1 and their logarithm near 0, so we need odds − 1, of the larger odds against the smaller:
-    # |2p − 1|/min(p, 1 − p), whose numerator is exact. (log1p of a negative number loses 7 bits in float64 on JAX 0.10.)
+    # Near ½ the odds are near 1 and their logarithm near 0, so we need odds − 1, of the larger against the smaller:
+    # |2p − 1|/min(p, 1 − p), whose numerator is exact. (In float64 on JAX 0.10, log1p(−0.41) loses 7 bits.)
     near_half = jnp.sign(p - 0.5) * jnp.log1p(jnp.abs(2 * p - 1) / jnp.minimum(p, 1 - p))
     elsewhere = jnp.log(p) - jnp.log1p(-p)
     return jnp.where(jnp.abs(p - 0.5) <= 0.25, near_half, elsewhere)

@@ -84,19 +84,14 @@ def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperatu
 @rounded_once
 def _softmax(x: Array, t: Array | None, axis: tuple[int, ...]) -> Array:
     if all(x.shape[a] == 1 for a in axis):
-        # One class takes everything.
+        # One class takes everything, exactly: e·(1/e), as XLA divides, can round to less than 1.
         return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
     peak = _finite(_max(x, axis))
     count = _count(x, axis)
     e = _exponentials(x, peak, t, count)
     total = jnp.sum(e, axis, keepdims=True)
-    # XLA divides by multiplying with the reciprocal, and e·(1/e) can round to less than 1. Where one class takes all
-    # but a few ulp, a reciprocal one ulp larger and a cut at 1 make its probability exactly 1: the rule relies on that.
-    eps = float(jnp.finfo(x.dtype).eps)
-    surplus = total / _exponentials(peak, peak, t, count) - 1
-    ulp = eps * jnp.maximum(1 - surplus / (4 * eps), 0)
     # The maximum changes nothing unless no class is left and the sum is 0.
-    return jnp.minimum(e * ((1 + ulp) / jnp.maximum(total, _reciprocal_power_of_2(count))), 1)
+    return e / jnp.maximum(total, _reciprocal_power_of_2(count))
 
 
 def _softmax_fwd(x: Array, t: Array | None, axis: tuple[int, ...]) -> Any:
@@ -107,7 +102,7 @@ def _softmax_fwd(x: Array, t: Array | None, axis: tuple[int, ...]) -> Any:
 def _softmax_bwd(axis: tuple[int, ...], residuals: Any, g: Array) -> Any:
     y, t = residuals
     dtype = y.dtype
-    y, g = _widen(y), _widen(g)
+    y, g = _certain(_widen(y)), _widen(g)
     # The Jacobian is diag(y) − y yᵀ = Pᵀ diag(y) P with P u = u − ⟨u, y⟩. Where one probability is near 1, subtracting
     # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
     # symmetric, as the Jacobian is: transposed for forward mode it is the same three steps.
@@ -198,7 +193,7 @@ def _log_softmax_bwd(axis: tuple[int, ...], residuals: Any, g: Array) -> Any:
     # The Jacobian is I − 1 pᵀ, a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ lost to
     # rounding at the largest probability is Σ v, and the second time takes it off. The barrier keeps XLA from computing
     # v twice, with a contraction here and without it there.
-    p = _softmax(x, t, axis)
+    p = _certain(_softmax(x, t, axis))
     v = lax.optimization_barrier(g - p * jnp.sum(g, axis, keepdims=True))
     v = v - p * jnp.sum(v, axis, keepdims=True)
     if t is None:
@@ -350,6 +345,16 @@ def _weighted_logsumexp_bwd(axis: tuple[int, ...], residuals: Any, g: Any) -> An
 
 
 _weighted_logsumexp.defvjp(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
+
+
+def _certain(y: Array) -> Array:
+    """`y`, with 1 for a probability within 2 ulp of 1, where e·(1/e), as XLA divides, may have left a little less.
+
+    Below, subtracting means leaves ε² of the largest entry where its probability is 1 − ε instead of 1, and that can
+    exceed the small entries. The correction is constant: derivatives of the rule go through `y`.
+    """
+    eps = float(jnp.finfo(y.dtype).eps)
+    return y + lax.stop_gradient(jnp.minimum(1 - y, jnp.maximum(y - (1 - 4 * eps), 0)))
 
 
 # The shift, and what is summed after it.

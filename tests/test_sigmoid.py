@@ -1,5 +1,6 @@
 """sigmoid, log_sigmoid, softplus and logit: values, derivatives of every order in every mode, edges, dtypes, errors."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -218,8 +219,11 @@ def test_every_nesting_of_forward_and_reverse_is_exact(name: str, order: int, x6
         derivative = FUNCTIONS[name]
         for mode in modes:
             derivative = mode(derivative)
+        # The check for leaks, in the strict configuration, traces everything anew, exponentially often at order 3.
+        with jax.checking_leaks(False) if order == 3 else contextlib.nullcontext():
+            got = jax.jit(jax.vmap(derivative))(jnp.array(x))
         # Measured 1e-15: some ten roundings. A difference of near numbers anywhere would lose 1e-10 of these or more.
-        np.testing.assert_allclose(jax.jit(jax.vmap(derivative))(jnp.array(x)), want, rtol=1e-13, atol=0)
+        np.testing.assert_allclose(got, want, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
