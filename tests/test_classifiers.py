@@ -57,13 +57,16 @@ def assert_identical(twins: Twins) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("data", [cancer, blobs])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_twins_converge_identically_to_the_last_bit(name: str, data: Any, dtype: Any) -> None:
+def test_twins_converge_identically_to_the_last_bit(
+    name: str, data: Any, dtype: Any, request: pytest.FixtureRequest
+) -> None:
+    steps = 5000 if request.config.getoption("--exhaustive") else 500  # to save time only: both hold
     x, y = data()
     optimizer, weight_decay = OPTIMIZERS[name]
     with jax.enable_x64(dtype is np.float64):
-        twins = train_twins(x.astype(dtype), y, optimizer=optimizer, weight_decay=weight_decay, steps=5000)
+        twins = train_twins(x.astype(dtype), y, optimizer=optimizer, weight_decay=weight_decay, steps=steps)
         assert twins.sigmoid.loss.dtype == twins.softmax.params.weights.dtype == dtype
-    assert twins.sigmoid.loss.shape == (5000,)
+    assert twins.sigmoid.loss.shape == (steps,)
     assert_identical(twins)
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from jax import Array
 from jax._src.ad_checkpoint import saved_residuals  # what `jax.ad_checkpoint.print_saved_residuals` prints
+from jax._src.config import check_tracer_leaks  # `jax.checking_leaks`, which can only turn it on
 from oracles import VALUE_AND_SLOPE, exact, points, ulp_error
 
 import jaxact
@@ -220,7 +221,7 @@ def test_every_nesting_of_forward_and_reverse_is_exact(name: str, order: int, x6
         for mode in modes:
             derivative = mode(derivative)
         # The check for leaks, in the strict configuration, traces everything anew, exponentially often at order 3.
-        with jax.checking_leaks(False) if order == 3 else contextlib.nullcontext():
+        with check_tracer_leaks(False) if order == 3 else contextlib.nullcontext():
             got = jax.jit(jax.vmap(derivative))(jnp.array(x))
         # Measured 1e-15: some ten roundings. A difference of near numbers anywhere would lose 1e-10 of these or more.
         np.testing.assert_allclose(got, want, rtol=1e-13, atol=0)
