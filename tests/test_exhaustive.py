@@ -44,7 +44,7 @@ ULPS_32 = {
     "sigmoid′": 3.0,  # 2.38: exp, and a denominator of three operations
     "softplus": 3.0,  # 2.97: the exp and the log1p of XLA, and a sum
     "log_sigmoid": 3.0,  # as softplus
-    "logit": 3.5,  # 3.44: log1p of a rounded quotient, just above ¼
+    "logit": 3.5,  # 2.99: log1p of a rounded quotient
 }
 
 
