@@ -144,7 +144,7 @@ def log_softmax(
 
     Numerics:
         Relatively accurate however near 0 the result: log1p of the other classes' sum and not the log of the whole.
-        The derivative is within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element. 16-bit types are computed in float32 and rounded
+        The derivative is within 12·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element. 16-bit types are computed in float32 and rounded
         once. Held by `tests/test_softmax.py`.
 
     Example:

@@ -220,7 +220,7 @@ def test_each_element_of_a_derivative(name: str, mode: str, dtype: str, scale: f
 @pytest.mark.parametrize("scale", [1, 10, "dominated"])
 def test_hessians_in_every_nesting_of_modes(name: str, scale: float | str) -> None:
     # With z = Jᵀg: diag(z) − z yᵀ − y zᵀ for softmax, −(diag(y) − y yᵀ) Σ g for log_softmax. A product of three
-    # probabilities and a few sums: 32 u of the sum of the magnitudes, measured 14.
+    # probabilities and a few sums: 32 u of the sum of the magnitudes.
     g = np.array([1.5, -0.7, 0.3, 2.0], np.float32)
     for x in logits(scale, 20, 4, seed=3).astype(np.float32):
         y, rest, _ = parts(x)
