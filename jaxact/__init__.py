@@ -1,3 +1,4 @@
 from jaxact._forward_mode import forward_mode as forward_mode
+from jaxact._logsumexp import logsumexp as logsumexp
 from jaxact._sigmoid import log_sigmoid as log_sigmoid, logit as logit, sigmoid as sigmoid, softplus as softplus
-from jaxact._softmax import log_softmax as log_softmax, logsumexp as logsumexp, softmax as softmax
+from jaxact._softmax import log_softmax as log_softmax, softmax as softmax

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
 from jaxact._sigmoid import sigmoid, softplus
-from jaxact._softmax import logsumexp, softmax
+from jaxact._logsumexp import logsumexp
+from jaxact._softmax import softmax
 
 
 class Params(NamedTuple):

@@ -241,7 +241,8 @@ def test_hessians_in_every_nesting_of_modes(name: str, scale: float | str) -> No
 def test_reverse_mode_keeps_one_array(name: str) -> None:
     x = jnp.ones((8, 16))
     kept: list[Any] = [aval for aval, _ in saved_residuals(lambda x: getattr(jaxact, name)(x), x)]
-    assert [aval.shape for aval in kept if aval.size > 1] == [(8, 16)]
+    # The rest is one number a row at most.
+    assert [aval.shape for aval in kept if aval.size > 8] == [(8, 16)]
 
 
 # Policies.

@@ -1,0 +1,158 @@
+"""logsumexp, with and without weights, each with its rule below it."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, rounded_once
+from jaxact._exponentials import Axes, Sums, finite, maximum, row_sums, widen
+from jaxact._forward_mode import forward_mode
+from jaxact._softmax import _softmax
+
+
+def logsumexp(
+    a: ArrayLike,
+    axis: Axis = None,
+    b: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: ArrayLike | None = None,
+) -> Any:
+    """log Σᵢ bᵢ e^{aᵢ} over one axis or several, a full replacement for `jax.nn.logsumexp`.
+
+    Args:
+        a: exponents, an array of any shape; real. Integers and bools become the default float.
+        axis: the axis or axes to sum over: an int, a tuple of ints, or None for all.
+        b: weights, which may be 0 or negative; broadcast against `a`. Default: 1.
+        keepdims: keep the reduced axes with length 1.
+        return_sign: return the pair (log|Σ|, sign of Σ). Without it a negative sum gives nan.
+        where: boolean, broadcastable to the shape of `a`. False means that this term does not exist.
+
+    Returns:
+        The logarithm, with the dtype of `a` (promoted with `b`); or the pair of logarithm and sign. −inf, and sign 0,
+        for a sum that is empty or exactly 0. A term with b = 0 does not count, whatever its exponent.
+
+    Raises:
+        TypeError: if `a` or `b` is complex or not an array, `axis` not integer, `where` not boolean.
+        ValueError: if `axis` is out of range or named twice, `where` or `b` does not broadcast.
+
+    Derivative:
+        ā = ḡ softmax(a); with weights āᵢ = ḡ s bᵢ e^{aᵢ−out} and b̄ᵢ = ḡ s e^{aᵢ−out}, s the sign, also at bᵢ = 0.
+        0 where the sum is empty. Reverse mode keeps `a` (and `b`).
+
+    Numerics:
+        m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0.
+        16-bit types are computed in float32 and rounded once. Held by `tests/test_logsumexp.py`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxact
+        >>> a = jnp.array([0.0, -20.0])
+        >>> print(f"{jaxact.logsumexp(a):.4e}, {jax.nn.logsumexp(a):.4e}")
+        2.0612e-09, 0.0000e+00
+        >>> jax.grad(lambda b: jaxact.logsumexp(jnp.zeros(2), b=b))(jnp.array([1.0, 0.0]))
+        Array([1., 1.], dtype=float32)
+
+    References:
+        jax issues 6811 and 22398.
+    """
+    if b is not None:
+        require_array("b", b)
+    return _logsumexp_of_any(require_array("a", a), axis, b, keepdims, return_sign, where)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3, 4))
+def _logsumexp_of_any(
+    a: ArrayLike, axis: Axis, b: ArrayLike | None, keepdims: bool, return_sign: bool, where: ArrayLike | None
+) -> Any:
+    a = as_float("a", a)
+    if b is not None:
+        b = as_float("b", b)
+        dtype = jnp.promote_types(a.dtype, b.dtype)
+        try:
+            a, b = jnp.broadcast_arrays(a.astype(dtype), b.astype(dtype))
+        except ValueError:
+            raise ValueError(f"b must broadcast against a, of shape {a.shape}, got shape {b.shape}.") from None
+    axes = canonical_axis("axis", axis, a.ndim)
+    x = masked(a, where, -math.inf)
+    if b is None:
+        out, _ = _logsumexp(x, axes)
+        # The sum of exponentials is positive, 0 where it is empty and nan where it is nan.
+        fixed = lax.stop_gradient(out)
+        sign = jnp.where(jnp.isnan(fixed), fixed, (fixed > -jnp.inf).astype(fixed.dtype))
+    else:
+        out, sign = _weighted_logsumexp(x, masked(b, where, 0), axes)
+        if not return_sign:
+            out = jnp.where(sign < 0, jnp.nan, out)
+    if not keepdims:
+        out, sign = jnp.squeeze(out, axes), jnp.squeeze(sign, axes)
+    return (out, sign) if return_sign else out
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _logsumexp(x: Array, axis: Axes) -> tuple[Array, Sums]:
+    """The logarithm of the sum of exponentials over the axes, and the sums it is made of, as constants."""
+    wide = widen(x)
+    sums = row_sums(wide, None, axis)
+    return (maximum(wide, axis) + jnp.log1p(sums.others)).astype(x.dtype), sums
+
+
+def _logsumexp_fwd(x: Array, axis: Axes) -> Any:
+    out, sums = _logsumexp(x, axis)
+    return (out, sums), (x, sums)
+
+
+def _logsumexp_bwd(axis: Axes, residuals: Any, cotangents: Any) -> tuple[Array]:
+    x, sums = residuals
+    return ((widen(cotangents[0]) * _softmax(widen(x), None, sums, axis)).astype(x.dtype),)
+
+
+_logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@rounded_once
+def _weighted_logsumexp(a: Array, b: Array, axis: Axes) -> tuple[Array, Array]:
+    # Terms of weight 0 are left out before the maximum is taken: however large, they must not scale the rest away.
+    a = jnp.where(b == 0, -jnp.inf, a)
+    top = maximum(a, axis)
+    peak = finite(top)
+    at_peak = jnp.minimum(a, peak) == peak
+    others = jnp.sum(jnp.where(at_peak, 0, b * jnp.exp(a - peak)), axis, keepdims=True)
+    weight_at_peak = jnp.sum(jnp.where(at_peak, b, 0), axis, keepdims=True)
+    total = others + weight_at_peak
+    # As without weights, log1p of what differs from 1 where the sum is near 1.
+    excess = others + (weight_at_peak - 1)
+    near_one = jnp.abs(excess) < 0.5
+    log_total = jnp.where(near_one, jnp.log1p(jnp.where(near_one, excess, 0)), jnp.log(jnp.abs(total)))
+    return top + log_total, jnp.sign(total)
+
+
+def _weighted_logsumexp_fwd(a: Array, b: Array, axis: Axes) -> Any:
+    out, sign = _weighted_logsumexp(a, b, axis)
+    return (out, sign), (a, b, out, sign)
+
+
+def _weighted_logsumexp_bwd(axis: Axes, residuals: Any, g: Any) -> Any:
+    a, b, out, sign = residuals
+    dtype = a.dtype
+    a, b, out, sign, g_out = map(widen, (a, b, out, sign, g[0]))
+    # ∂out/∂b = s e^{a − out}. A sum that is empty has no derivative, and exponents of +inf share the row by weight.
+    empty = out == -jnp.inf
+    infinite = (a == jnp.inf) & (b != 0)
+    share = 1 / jnp.abs(jnp.sum(jnp.where(infinite, b, 0), axis, keepdims=True))
+    ratio = jnp.where(out == jnp.inf, jnp.where(infinite, share, 0), jnp.exp(jnp.where(empty, -jnp.inf, a) - out))
+    ratio = jnp.where(empty, 0, ratio)
+    b_bar = g_out * sign * ratio
+    # A term of weight 0 does not count, however large its exponent; but ∂ā/∂b is not 0 there.
+    a_bar = g_out * sign * b * jnp.where((b == 0) & ~jnp.isfinite(ratio), 0, ratio)
+    return a_bar.astype(dtype), b_bar.astype(dtype)
+
+
+_weighted_logsumexp.defvjp(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
