@@ -27,7 +27,7 @@ def sigmoid(x: ArrayLike) -> Float[Array, "..."]:
         σ′(x) = σ(x)σ(−x). Reverse mode keeps `x`.
 
     Numerics:
-        At most 1.95 ulp in float32 (`jax.nn.sigmoid`: 2.48), and 2.38 ulp for σ′ wherever that is a normal number;
+        At most 1.51 ulp in float32 (`jax.nn.sigmoid`: 2.48), and 2.38 ulp for σ′ wherever that is a normal number;
         s(1 − s) would be exactly 0 from x = 17 on. 16-bit types: within 0.51 ulp, value and derivative.
         Held by `tests/test_exhaustive.py`.
 
@@ -189,7 +189,7 @@ def logit(p: ArrayLike) -> Float[Array, "..."]:
         logit′(p) = 1/(p(1 − p)); +inf at 0 and 1, nan outside. Reverse mode keeps `p`.
 
     Numerics:
-        At most 2.99 ulp in float32 for normal `p`, 131,051 ulp near ½ as log(p/(1 − p)); 16-bit types within 0.51 ulp,
+        At most 2.34 ulp in float32 for normal `p`, 131,051 ulp near ½ as log(p/(1 − p)); 16-bit types within 0.51 ulp,
         value and derivative. Where XLA reads subnormal numbers as 0, as on CPU, so does logit.
         Held by `tests/test_exhaustive.py`.
 

@@ -120,7 +120,7 @@ def test_jax_19490_masked_log_softmax_under_vmap_with_logits_in_the_hundreds(nn:
     p = e / e.sum(-1, keepdims=True)
     want = z[:, 0] - z.max(-1) - np.log(e.sum(-1))
     assert relative(value, want.sum()) <= 64 * 2**-24  # a sum of 1000 numbers of one sign
-    # Each element is a number up to 1, off by a probability's 12 u.
+    # Each element is a number up to 1, off by the 8 u of its derivative; so is the want, by the rounding of x.
     np.testing.assert_allclose(np.asarray(gradient), np.eye(12)[0] - p, rtol=0, atol=16 * 2**-24)
 
 
@@ -144,7 +144,7 @@ def test_jax_23842_masked_entries_far_above_the_rest(nn: Any, name: str) -> None
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_jax_13529_gradients_at_ties_in_bfloat16(nn: Any, name: str, dtype: str) -> None:
     # Equal logits, as at the start of a training: by symmetry the gradient of one entry is the same at all the others,
-    # and the entries sum to 0 up to one rounding of each. 4 u in bfloat16, 12 u in float32, as in test_softmax.py.
+    # and the entries sum to 0 up to the error of each: 4 u in bfloat16, some 8 u to 16 u in float32 (test_softmax.py).
     u = {"float32": 12 * 2.0**-24, "bfloat16": 4 * 2.0**-8}[dtype]
     for count in (2, 3, 7, 100, 1000):
         x = jnp.zeros((2, count), dtype)

@@ -176,10 +176,12 @@ def test_shapes_and_promotion(name: str) -> None:
         assert f(jnp.array([1, 0])).dtype == jnp.float64
 
 
-# Derivatives. Each probability has 5 u (exp 2, sum 1, reciprocal and product 2), and a product of two has twice that
-# and its own rounding: 12 u in float32, measured 10.7. In 16-bit types the saved y has 1 u, and the result another.
+# Derivatives. exp has 2 u, so a probability has 6: its exponential 2, the sum's 2, the reciprocal and the product 2. A
+# derivative of log_softmax has one probability, and two roundings, and the pushforward those of a sum; one of softmax
+# has two probabilities and two roundings more. Measured 7.7, 8.4 and 15.3. In 16-bit types the saved y has 1 u, and
+# the result another.
 
-BOUND = {"float32": 12, "bfloat16": 4, "float16": 4}
+BOUND = {("log_softmax", "vjp"): 8, ("log_softmax", "jvp"): 10, ("softmax", "vjp"): 16, ("softmax", "jvp"): 16}
 
 
 @functools.cache
@@ -198,8 +200,9 @@ def hessian(name: str, outer: Any, inner: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [1, 10, 30, "dominated"])
 def test_each_element_of_a_derivative(name: str, mode: str, dtype: str, scale: float | str) -> None:
+    bound_in_u = BOUND[name, mode] if dtype == "float32" else 4
     for classes in (2, 3, 10, 1000):
-        x = jnp.asarray(logits(scale, 300, classes, seed=classes), dtype)
+        x = jnp.asarray(logits(scale, 600, classes, seed=classes), dtype)
         rng = np.random.default_rng(1)
         normal, hot = rng.normal(size=x.shape), np.eye(classes)[rng.integers(0, classes, len(x))]
         for v in (normal, hot, np.eye(classes)[np.asarray(x).argmax(-1)], 1000 + normal, np.full(x.shape, 3.0)):
@@ -210,7 +213,7 @@ def test_each_element_of_a_derivative(name: str, mode: str, dtype: str, scale: f
             # Of y, of each product and of the result, whatever lies below the smallest number is lost.
             size = abs(np.asarray(v, np.float64))
             lost = LOST[dtype] * (1 + 4 * np.max(size) + parts(x)[0] * classes * np.max(size))
-            allowed = BOUND[dtype] * UNIT[dtype] * bound + lost
+            allowed = bound_in_u * UNIT[dtype] * bound + lost
             fits = abs(want) <= float(jnp.finfo(dtype).max)
             error = abs(np.asarray(got, np.float64) - want)
             assert (error <= allowed)[fits].all(), (classes, np.max((error / allowed)[fits]))
@@ -357,7 +360,8 @@ def test_ties(name: str, dtype: str, count: int) -> None:
     assert ulps(f(x), want, dtype) <= (0.51 if dtype != "float32" else 2)  # e/Σ, two roundings and a reciprocal's
     product, bound = exact_product(name, "vjp", x, np.eye(count)[0])
     got = np.asarray(jax.grad(lambda x: f(x)[0])(x), np.float64)
-    assert (abs(got - product) <= BOUND[dtype] * UNIT[dtype] * bound).all()
+    bound_in_u = BOUND[name, "vjp"] if dtype == "float32" else 4
+    assert (abs(got - product) <= bound_in_u * UNIT[dtype] * bound).all()
     assert len(set(got[1:].tolist())) == 1
 
 
