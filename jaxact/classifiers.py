@@ -16,8 +16,8 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
-from jaxact._sigmoid import sigmoid, softplus
 from jaxact._logsumexp import logsumexp
+from jaxact._sigmoid import sigmoid, softplus
 from jaxact._softmax import softmax
 
 
