@@ -219,7 +219,7 @@ def _logit(p: Array) -> Array:
     odds = 1 + z
     lost = z - (jnp.maximum(odds, 1) - 1)
     magnitude = jnp.where(less_likely == 0, jnp.inf, jnp.log(odds) + lost / odds)
-    return jnp.copysign(magnitude, p - 0.5)
+    return jnp.where(p < 0.5, -magnitude, magnitude)
 
 
 def _logit_fwd(p: Array) -> tuple[Array, Array]:

@@ -1,0 +1,101 @@
+"""Products of a rule held against the oracle, element by element."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+from jaxact.verify._oracle import Oracle, Product
+from jaxact.verify._problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """For each vector (row) and element (column): what came, what was due, and whether that will do."""
+
+    got: np.ndarray
+    product: Product
+    allowed: np.ndarray
+    wrong: np.ndarray
+    unresolved: np.ndarray  # the oracle's own error is not well below what is allowed
+    floor: np.ndarray  # below this XLA flushes to 0
+
+    def worst_in_units(self, unit: float) -> float:
+        """The largest error in units of u·Σ|J||g|, where that is not 0."""
+        with np.errstate(all="ignore"):
+            units = np.abs(self.got - self.product.want) / (unit * self.product.size)
+        return float(np.max(units, initial=0.0, where=np.isfinite(units) & (np.abs(self.product.want) > self.floor)))
+
+    def worst(self, vectors: np.ndarray) -> tuple[int, int]:
+        """Vector and element of the largest error, if possible of a one-hot vector, which shows it best."""
+        with np.errstate(all="ignore"):
+            off = np.abs(self.got - self.product.want) / self.allowed
+        off = np.where(self.wrong, np.nan_to_num(off, nan=np.inf), -1)
+        simple = ((vectors != 0).sum(1) == 1)[:, None] & self.wrong
+        at = np.argmax(np.where(simple, off, -1) if simple.any() else off)
+        return divmod(int(at), off.shape[1])
+
+
+def compare(
+    problem: Problem,
+    oracle: Oracle,
+    mode: str,
+    vectors: np.ndarray,
+    got: np.ndarray,
+    bound: float,
+    strict: bool,
+    product: Product | None = None,
+) -> Verdicts:
+    """|error| ≤ bound·u·Σⱼ|Jᵢⱼ||vⱼ|, or, unless `strict`, what inputs off by `bound` units would explain as well."""
+    product = product or oracle.product(mode, vectors)
+    info = ml_dtypes.finfo(problem.dtype)
+    # Below the smallest normal number XLA flushes to 0, results and what they are products of.
+    floor = 4 * float(info.smallest_normal) * (1 + np.abs(vectors).sum(1, keepdims=True))
+    base = bound * problem.unit * product.size + floor
+    if not strict:
+        base = base + product.conditioning
+    with np.errstate(all="ignore"):
+        error = np.abs(got - product.want)
+        # What does not fit into the dtype is infinite there.
+        overflow = (np.abs(product.want) >= float(info.max) * (1 - bound * problem.unit)) & (
+            np.sign(got) == np.sign(product.want)
+        )
+        right = (error <= base) | (overflow & np.isinf(got))
+        perhaps = error <= base + product.error
+        unresolved = ((product.error > base) | (~right & perhaps)) & (got != product.want)
+        wrong = ~right & ~perhaps
+    if mode == "forward":
+        unresolved |= ~oracle.credible
+        wrong &= oracle.credible
+    return Verdicts(got, product, base, wrong, unresolved & ~wrong, floor)
+
+
+def mutants(
+    problem: Problem, oracle: Oracle, mode: str, vectors: np.ndarray, verdicts: Verdicts, bound: float
+) -> dict[str, np.ndarray]:
+    """Products as wrong rules would have them. Each must be refuted by the comparison that passed the right ones."""
+    got, want = verdicts.got, verdicts.product.want
+    seen = np.abs(want) > 4 * verdicts.allowed
+    seen &= ~verdicts.unresolved & np.isfinite(got)
+    if not seen.any():
+        return {}
+    one = np.zeros(got.shape[1], bool)
+    one[np.argmax(np.where(seen, np.abs(want), 0).max(0))] = True
+    made = {
+        "zero": got * 0,
+        "−1×": -got,
+        "1 + 3·bound": got * (1 + 3 * bound * problem.unit),
+        "one element zeroed": np.where(one, 0, got),
+    }
+    if oracle.layout.elementwise and problem.n > 1:
+        size = np.where(seen, np.abs(want), 0).max(0)
+        live = size > 0
+        tail = live & (size <= np.quantile(size[live], 0.1))
+        made["tail zeroed"] = np.where(tail, 0, got)
+    elif oracle.layout.whole and not oracle.layout.elementwise:
+        full = oracle.jacobian.reverse
+        if full.shape[0] == full.shape[1] and np.any(full - np.diag(np.diag(full))):
+            made["sum dropped"] = vectors * np.diag(full)
+            if np.any(np.abs(full - full.T) > 1e-3 * np.abs(full).max()):
+                made["transposed"] = vectors @ (full.T if mode == "reverse" else full)
+    return made

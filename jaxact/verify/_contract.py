@@ -1,0 +1,91 @@
+"""`contract`: shapes, dtypes, trees and leaks, without arithmetic."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxact.verify._problem import Problem
+from jaxact.verify._report import REFUTED, VERIFIED, Check, Report, verdict_of
+
+
+def contract(f: Callable[..., Any], *args: Any) -> Report:
+    """Checks, by tracing alone, that the derivative rules of `f` return what JAX expects of them.
+
+    Args:
+        f: a function of arrays or pytrees.
+        *args: example inputs, as for `rule`.
+
+    Returns:
+        A `Report` with one check a mode: that it can be traced, that (co)tangents have the shapes and dtypes of what
+        they belong to, and that no tracer leaks.
+
+    Raises:
+        TypeError: if there is no float among the arguments or the results.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxact import verify
+        >>> verify.contract(jnp.sin, jnp.ones(3)).verdict
+        'verified'
+    """
+    problem = Problem(f, args)
+    flat = problem.spec.of_floats(f, problem.others)
+    checks, reasons = [], []
+
+    def reverse(floats: Any) -> Any:
+        out, pullback = jax.vjp(flat, *floats)
+        return out, pullback(tuple(map(jnp.ones_like, out)))
+
+    def forward(floats: Any) -> Any:
+        return jax.jvp(flat, floats, tuple(map(jnp.ones_like, floats)))
+
+    for mode, function in (("reverse", reverse), ("forward", forward)):
+        due = problem.in_shapes if mode == "reverse" else problem.out_shapes
+        try:
+            with problem.precision(), jax.checking_leaks():
+                primal, derivative = jax.eval_shape(function, problem.floats)
+        except Exception as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            checks.append(Check(mode, "absent" if is_missing_mode(error) else REFUTED, why))
+            if not is_missing_mode(error):
+                reasons.append(f"tracing {mode} mode raises {why}")
+            continue
+        problems = []
+        for name, got, expected in (("primal", primal, problem.out_shapes), (_OF[mode], derivative, due)):
+            shapes = [(g.shape, np.dtype(g.dtype)) for g in got]
+            if not same_types(shapes, expected):
+                problems += [
+                    f"{name} {i} has {_type(g)}, expected {_type(w)}"
+                    for i, (g, w) in enumerate(zip(shapes, expected, strict=False))
+                    if g != w
+                ]
+        verdict = REFUTED if problems else VERIFIED
+        checks.append(Check(mode, verdict, "; ".join(problems) or "traces; shapes and dtypes agree"))
+        reasons += problems
+    return Report(getattr(f, "__name__", "f"), verdict_of([c.verdict for c in checks]), tuple(checks), tuple(reasons))
+
+
+_OF = {"reverse": "cotangent of argument", "forward": "tangent of result"}
+
+
+def is_missing_mode(error: Exception) -> bool:
+    """Whether an error says that a function cannot have a mode, and not that a rule is wrong."""
+    text = first_line(error)
+    return ("(jvp) to a custom_vjp function" in text) or ("Reverse-mode differentiation does not work" in text)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def same_types(got: Any, due: Any) -> bool:
+    """Whether shapes and dtypes are those of the values that they belong to."""
+    return list(got) == list(due)
+
+
+def _type(shape_and_dtype: Any) -> str:
+    shape, dtype = shape_and_dtype
+    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]"

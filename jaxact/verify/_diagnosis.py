@@ -1,0 +1,123 @@
+"""From a wrong element to a sentence for the author, and to lines that show it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxact.verify._compare import Verdicts
+from jaxact.verify._oracle import Oracle
+from jaxact.verify._problem import Problem, unravel
+
+
+def explain(
+    problem: Problem, oracle: Oracle, mode: str, vectors: np.ndarray, verdicts: Verdicts, c: int, i: int
+) -> str:
+    """What an author should look at, guessed from how the products differ."""
+    got, want = verdicts.got, verdicts.product.want
+    which, vector = ("backward", "cotangent") if mode == "reverse" else ("forward", "tangent")
+    at = f"x = {problem.x[i]:.6g}" if oracle.layout.elementwise else f"element {i}"
+    g, w = got[c, i], want[c, i]
+    known = ~verdicts.unresolved
+    zero = ~vectors.any(1)
+    if got[zero].any():
+        return f"the {which} rule is not linear: for a {vector} of 0 it returns {np.max(np.abs(got[zero])):.4g}"
+    if np.isnan(g):
+        return f"the {which} rule returns nan where the derivative is {w:.4g} ({at})"
+    live = known & (np.abs(want) > 4 * verdicts.allowed) & np.isfinite(got)
+    if live.any() and not got[live].any():
+        return f"the {which} rule returns 0 everywhere"
+    with np.errstate(all="ignore"):
+        ratio = got[live] / want[live]
+    if live.any() and np.allclose(ratio, ratio[0], rtol=max(1e-4, 64 * problem.unit)):
+        return (
+            f"the {which} rule has the wrong sign"
+            if abs(ratio[0] + 1) < 0.01
+            else f"the {which} rule is off by the constant factor {ratio[0]:.5g}"
+        )
+    if oracle.layout.whole and not oracle.layout.elementwise and problem.n == problem.m:
+        whole = oracle.jacobian.reverse
+        if _same(got, vectors @ (whole.T if mode == "reverse" else whole), verdicts):
+            return f"the {which} rule applies the transposed Jacobian"
+        if _same(got, vectors * np.diag(whole), verdicts):
+            return f"the {which} rule has only the diagonal of the Jacobian: a sum is missing"
+    dense = np.flatnonzero((vectors != 0).sum(1) > 1)
+    if len(dense) > 1 and _nonlinear(vectors, got, verdicts, dense):
+        return f"the {which} rule is not linear in the {vector}"
+    if g == 0:
+        reason = f"the {which} rule returns 0 where the derivative is {w:.4g} ({at})"
+        if oracle.layout.elementwise and abs(abs(problem.value()[i]) - 1) < 1e-6:
+            reason += "; 1 − f(x) has cancelled"
+        return reason
+    return f"the {which} rule returns {g:.6g} where the derivative is {w:.6g} ({at}; {_fraction(verdicts)})"
+
+
+def _same(got: np.ndarray, other: np.ndarray, verdicts: Verdicts) -> bool:
+    return bool(np.all((np.abs(got - other) <= 4 * verdicts.allowed) | verdicts.unresolved))
+
+
+def _nonlinear(vectors: np.ndarray, got: np.ndarray, verdicts: Verdicts, dense: np.ndarray) -> bool:
+    """Whether the products of v and −v, both among the vectors, are not each other's negatives."""
+    for a in dense:
+        for b in dense:
+            if b > a and np.array_equal(vectors[a], -vectors[b]):
+                return bool(np.any(np.abs(got[a] + got[b]) > verdicts.allowed[a] + verdicts.allowed[b]))
+    return False
+
+
+def _fraction(verdicts: Verdicts) -> str:
+    return f"{int(verdicts.wrong.any(0).sum())} of {verdicts.wrong.shape[1]} elements are off"
+
+
+def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, verdicts: Verdicts, c: int, i: int) -> str:
+    """Lines for a REPL. An elementwise function is shown at the one input, others at the arguments as given."""
+    got, want = verdicts.got[c, i], verdicts.product.want[c, i]
+    dtype = np.dtype(problem.dtype).name
+    lines = ["import jax, jax.numpy as jnp"]
+    if oracle.layout.elementwise and vector[i] != 0:
+        v = f"jnp.array([{float(vector[i])!r}], jnp.{dtype})"
+        array = f"jnp.array([{float(problem.x[i])!r}], jnp.{dtype})"
+        call = f"jax.vjp(f, {array})[1]({v})[0]" if mode == "reverse" else f"jax.jvp(f, ({array},), ({v},))[1]"
+        return "\n".join([*lines, f"{call}  # {got:.6g}, should be {want:.6g}"])
+    shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
+    hot = np.flatnonzero(vector)
+    if len(hot) == 1 and len(shapes) == 1:
+        shape, dtype = shapes[0][0], np.dtype(shapes[0][1]).name
+        v = f"jnp.zeros({vector.size}, jnp.{dtype}).at[{hot[0]}].set({float(vector[hot[0]])!r}).reshape({shape})"
+    elif vector.size <= 32 and len(shapes) == 1:
+        numbers = unravel(vector[None], shapes)[0][0].astype(np.float64).tolist()
+        v = f"jnp.array({numbers}, jnp.{np.dtype(shapes[0][1]).name})"
+    else:
+        v = "jax.tree.map(jnp.ones_like, f(*args))" if mode == "reverse" else "jax.tree.map(jnp.ones_like, args)"
+        lines.append("# with a random vector; with ones:")
+    leaf, place = _place(problem.in_shapes if mode == "reverse" else problem.out_shapes, i)
+    tail = f"jax.tree.leaves(product)[{leaf}].ravel()[{place}]"
+    if mode == "reverse":
+        lines.append(f"product = jax.vjp(f, *args)[1]({v})")
+    else:
+        lines.append(f"product = jax.jvp(f, args, {v if v.startswith('jax') else f'({v},)'})[1]")
+    return "\n".join([*lines, f"{tail}  # {got:.6g}, should be {want:.6g}"])
+
+
+def _place(shapes: Any, i: int) -> tuple[int, int]:
+    for leaf, (shape, _) in enumerate(shapes):
+        size = int(np.prod(shape))
+        if i < size:
+            return leaf, i
+        i -= size
+    raise IndexError(i)
+
+
+def derivative_along(problem: Problem, f: Any, mode: str, vector: np.ndarray, dtype: Any) -> Any:
+    """The product of f's derivative with a fixed vector, as a function of f's arguments."""
+    shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
+    parts = tuple(p[0] for p in unravel(vector, shapes, dtype))
+
+    def product(*args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        floats, others = problem.spec.split(leaves)
+        flat = problem.spec.of_floats(f, others)
+        return jax.vjp(flat, *floats)[1](parts) if mode == "reverse" else jax.jvp(flat, floats, parts)[1]
+
+    product.__name__ = f"derivative of {getattr(f, '__name__', 'f')}"
+    return product

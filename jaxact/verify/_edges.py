@@ -1,0 +1,76 @@
+"""The special values of an elementwise function: a sweep of all magnitudes, and what the user expects where."""
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxact.verify._compare import compare
+from jaxact.verify._oracle import find_oracle
+from jaxact.verify._problem import Problem
+from jaxact.verify._report import REFUTED, VERIFIED, Check
+
+
+def sweep(dtype: Any) -> np.ndarray:
+    """±0, every magnitude, neighbours of 1 and of ½, the ends of the range."""
+    info = ml_dtypes.finfo(dtype)
+    near = [c * (1 + k * float(info.eps)) for c in (0.5, 1.0) for k in (-1, 0, 1)]
+    powers = 2.0 ** np.linspace(info.minexp, info.maxexp - 1, 64)
+    positive = np.concatenate([np.arange(1, 130) / 4, near, powers, [float(info.smallest_normal), float(info.max)]])
+    with np.errstate(over="ignore"):
+        points = np.unique(np.concatenate([[0.0], positive]).astype(dtype))
+    wide = points.astype(np.float64)
+    points = points[np.isfinite(wide) & ((wide == 0) | (wide >= float(info.smallest_normal)))]
+    return np.concatenate([-points[::-1], points])
+
+
+def edge_points(session: Any, given: dict[float, float]) -> Check:
+    """`f` at the sweep, where the function and the oracle are finite, and at `given`, and at nan."""
+    spec, dtype = session.problem.spec, session.problem.in_shapes[0][1]
+    x = np.array([*given], np.float64).astype(dtype) if given else sweep(dtype)
+    problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
+    ones = np.ones((1, len(x)))
+    if given:
+        exact = np.array([*given.values()], np.float64)
+        for mode in session.modes:
+            got = problem.products(mode, "eager", ones)[0]
+            allowed = session.bound * problem.unit * np.abs(exact)
+            with np.errstate(all="ignore"):
+                wrong = ~((np.abs(got - exact) <= allowed) | (got == exact) | (np.isnan(got) & np.isnan(exact)))
+            if wrong.any():
+                i = int(np.argmax(wrong))
+                return Check(
+                    "edges", REFUTED, f"at the edge x = {x[i]}, {mode} mode gives {got[i]:.6g} for {exact[i]:.6g}"
+                )
+        return Check("edges", VERIFIED, f"{len(x)} given inputs")
+    finite = np.isfinite(problem.value())
+    x = x[finite]
+    problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
+    ones = np.ones((1, len(x)))
+    oracle = find_oracle(problem, session.reference, session.derivative, session.bound, session.rng)
+    known = 0
+    for mode in session.modes:
+        vectors = ones * (oracle.credible if mode == "reverse" else 1.0)
+        got = problem.products(mode, "eager", vectors)
+        verdicts = compare(problem, oracle, mode, vectors, got, session.bound, session.given_bound is not None)
+        if verdicts.wrong.any():
+            i = int(np.argmax(verdicts.wrong[0]))
+            want = verdicts.product.want[0, i]
+            return Check(
+                "edges", REFUTED, f"at x = {x[i]}, {mode} mode gives {got[0, i]:.6g} where the derivative is {want:.6g}"
+            )
+        known = int((~verdicts.unresolved[0] & oracle.credible).sum())
+        if math.isnan(float(_at_nan(session, mode, "value"))) and not math.isnan(
+            float(_at_nan(session, mode, "slope"))
+        ):
+            return Check("edges", REFUTED, f"at x = nan, {mode} mode gives a number, though f(nan) is nan")
+    return Check(
+        "edges", VERIFIED, f"{known} of a sweep of {len(x)} inputs from {x.min():.3g} to {x.max():.3g}, and nan"
+    )
+
+
+def _at_nan(session: Any, mode: str, what: str) -> float:
+    nan = np.array([np.nan]).astype(session.problem.in_shapes[0][1])
+    problem = Problem(session.problem.f, session.problem.spec.arguments((nan,), session.problem.others))
+    return problem.value()[0] if what == "value" else problem.products(mode, "eager", np.ones((1, 1)))[0, 0]

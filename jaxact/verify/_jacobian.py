@@ -1,0 +1,203 @@
+"""Jacobians in float64: by autodiff of a program, by exact differences of it in mpmath, or as the user gives them."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxact.verify import _exact
+from jaxact.verify._problem import Problem, compiled_products, ravel, unravel
+
+WORK = 2_000_000  # operations in mpmath that a Jacobian may take: a few seconds
+
+
+class Jacobian(NamedTuple):
+    """What products with rows and with columns need; of an elementwise function, its slopes twice."""
+
+    reverse: np.ndarray  # the rows that are known, (rows, n), or slopes (n,)
+    forward: np.ndarray  # the columns that are known, one a row, (columns, m), or slopes (n,)
+
+    def map(self, f: Callable[..., np.ndarray], *others: "Jacobian") -> "Jacobian":
+        return Jacobian(*(f(*parts) for parts in zip(self, *others, strict=True)))
+
+
+class Layout(NamedTuple):
+    """Which part of the Jacobian is looked at."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    whole: bool
+    elementwise: bool
+
+    def of_slopes(self, slopes: np.ndarray) -> Jacobian:
+        return Jacobian(slopes, slopes)
+
+    def of_matrix(self, matrix: np.ndarray) -> Jacobian:
+        return Jacobian(matrix[self.rows], matrix.T[self.columns])
+
+
+Source = Callable[[np.ndarray], Jacobian]
+
+
+def autodiff(problem: Problem, f: Any, layout: Layout) -> Source:
+    """Autodiff in float64 of what `f` computes, its custom rules left out."""
+
+    def products(mode: str, vectors: np.ndarray, x: np.ndarray) -> np.ndarray:
+        shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
+        with jax.enable_x64(True):
+            parts = tuple(jnp.asarray(p) for p in unravel(vectors, shapes, np.float64))
+            floats = tuple(jnp.asarray(leaf) for leaf in problem.leaves(x, np.float64))
+            return ravel(compiled_products(f, problem.spec, mode, "plain", floats, problem.others, parts))
+
+    def at(x: np.ndarray) -> Jacobian:
+        if layout.elementwise:
+            return layout.of_slopes(products("forward", np.ones((1, problem.n)), x)[0])
+        if layout.whole and problem.n > problem.m:
+            try:
+                return layout.of_matrix(products("reverse", np.eye(problem.m), x))
+            except Exception:  # a while loop, say, has no reverse mode
+                pass
+        if layout.whole:
+            return layout.of_matrix(products("forward", np.eye(problem.n), x).T)
+        rows, columns = np.zeros((len(layout.rows), problem.m)), np.zeros((len(layout.columns), problem.n))
+        rows[np.arange(len(rows)), layout.rows] = 1
+        columns[np.arange(len(columns)), layout.columns] = 1
+        return Jacobian(products("reverse", rows, x), products("forward", columns, x))
+
+    return at
+
+
+def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) -> Source | None:
+    """Differences in mpmath of what `f` computes: exact, where the program can be evaluated there and is not too long.
+
+    `pattern` says which entries may not be 0: columns without a row in common are found at once. The source gives nan
+    where the function has a kink or a jump.
+    """
+    if not layout.whole or importlib.util.find_spec("mpmath") is None:
+        return None
+    with jax.enable_x64(True):
+        program = jax.make_jaxpr(problem.spec.of_floats(f, problem.others))(*problem.leaves(problem.x, np.float64))
+    groups = [np.arange(problem.n)] if pattern is None else _independent_columns(pattern)
+    if 3 * len(groups) * _exact.work(program.jaxpr) > WORK:
+        return None
+    digits, step = (700, 40) if problem.wide else (130, 40)
+
+    def at(x: np.ndarray) -> Jacobian:
+        import mpmath
+
+        with mpmath.workdps(digits):
+            h = mpmath.mpf(10) ** -step
+            numbers = _exact.numbers(x)
+            widths = np.array([h * (abs(a) if a != 0 else 1) for a in numbers], object)
+            middle = _values(problem, program, numbers, digits)
+            matrix = np.zeros((problem.m, problem.n))
+            slopes = np.zeros(problem.n)
+            for group in groups:
+                moved = np.zeros(problem.n, object)
+                moved[group] = widths[group]
+                above = _values(problem, program, numbers + moved, digits) - middle
+                below = middle - _values(problem, program, numbers - moved, digits)
+                for i in range(problem.m):
+                    columns = group[[i]] if pattern is None else group[pattern[i, group]]
+                    for j in columns:
+                        slope = _slope(mpmath, above[i], below[i], widths[j])
+                        slopes[j] = slope
+                        if not layout.elementwise:
+                            matrix[i, j] = slope
+        return layout.of_slopes(slopes) if layout.elementwise else layout.of_matrix(matrix)
+
+    try:
+        at(problem.x)
+    except (_exact.NotSupported, OverflowError, MemoryError):
+        return None
+    return at
+
+
+def _slope(mpmath: Any, above: Any, below: Any, width: Any) -> float:
+    """The slope from both sides; nan where they differ by more than a curvature would make them."""
+    mean = (above + below) / 2
+    if not mpmath.isfinite(mean) or abs(above - below) > abs(mean) * mpmath.mpf(10) ** -15:
+        return float("nan") if above != 0 or below != 0 else 0.0
+    return float(mean / width)
+
+
+def _values(problem: Problem, program: Any, x: np.ndarray, digits: int) -> np.ndarray:
+    sizes = [int(np.prod(shape)) for shape, _ in problem.in_shapes]
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    leaves = [part.reshape(shape) for part, (shape, _) in zip(parts, problem.in_shapes, strict=True)]
+    return np.concatenate([np.ravel(y) for y in _exact.evaluate(program, leaves, digits)])
+
+
+def _independent_columns(pattern: np.ndarray) -> list[np.ndarray]:
+    """Columns in groups in which no two have a row in common, first fit."""
+    groups: list[list[int]] = []
+    taken: list[np.ndarray] = []
+    for j in range(pattern.shape[1]):
+        for group, rows in zip(groups, taken, strict=True):
+            if not (rows & pattern[:, j]).any():
+                group.append(j)
+                rows |= pattern[:, j]
+                break
+        else:
+            groups.append([j])
+            taken.append(pattern[:, j].copy())
+    return [np.array(g) for g in groups]
+
+
+def given(problem: Problem, derivative: Any, layout: Layout) -> Source:
+    """What the user says: slopes of an elementwise function, or the Jacobian as `jax.jacobian` lays it out."""
+
+    def at(x: np.ndarray) -> Jacobian:
+        args = problem.spec.arguments(problem.leaves(x, np.float64), problem.others)
+        parts = [np.asarray(p, np.float64) for p in jax.tree.leaves(call(derivative, args))]
+        shapes = [o + i for o, _ in problem.out_shapes for i, _ in problem.in_shapes]
+        if layout.elementwise and len(parts) == 1 and parts[0].size == problem.n:
+            return layout.of_slopes(parts[0].ravel())
+        if [p.shape for p in parts] != shapes:
+            raise ValueError(
+                f"derivative must return the slopes of an elementwise f, of shape {problem.out_shapes[0][0]}, or "
+                f"Jacobians of shapes {shapes}, got {[p.shape for p in parts]}."
+            )
+        sizes_in = [int(np.prod(shape)) for shape, _ in problem.in_shapes]
+        sizes_out = [int(np.prod(shape)) for shape, _ in problem.out_shapes]
+        grid = iter(parts)
+        matrix = np.block([[next(grid).reshape(o, i) for i in sizes_in] for o in sizes_out])
+        return layout.of_slopes(np.diag(matrix)) if layout.elementwise else layout.of_matrix(matrix)
+
+    return at
+
+
+def call(f: Any, args: Any) -> Any:
+    """`f` of float64 arguments, in NumPy or JAX, or in mpmath, which takes one number at a time."""
+    leaves = jax.tree.leaves(args)
+    with jax.enable_x64(True), np.errstate(all="ignore"):
+        try:
+            out = f(*jax.tree.map(lambda a: np.asarray(a) if hasattr(a, "dtype") else a, args))
+            if all(np.asarray(y).dtype != object for y in jax.tree.leaves(out)):
+                return jax.tree.map(np.asarray, out)
+        except (TypeError, ValueError, AttributeError):
+            if len(leaves) != 1:
+                raise
+    import mpmath
+
+    x = np.asarray(leaves[0], np.float64)
+    with mpmath.workdps(400 if x.size < 64 else 60):
+        return np.reshape([float(f(mpmath.mpf(float(a)))) for a in x.ravel()], x.shape)
+
+
+def slope_in_mpmath(reference: Any) -> Any:
+    """The derivative of a function of one mpmath number."""
+
+    def slope(x: Any) -> Any:
+        import mpmath
+
+        if not isinstance(x, mpmath.mpf):
+            raise TypeError("one number at a time")
+        with mpmath.workdps(130):
+            h = mpmath.mpf(10) ** -40 * (abs(x) if x != 0 else 1)
+            return (reference(x + h) - reference(x - h)) / (2 * h)
+
+    return slope

@@ -1,0 +1,257 @@
+"""What the derivative is, in float64, and how far that can be trusted: the ladder of oracles.
+
+From the top: an exact derivative that the user gives; a reference in mpmath; a reference in JAX, or what `f` computes itself,
+its custom rules left out. The last two are differentiated by autodiff in float64, held against differences with an error
+bar, and, where autodiff's own rounding is too large, by exact differences in mpmath. A reference in NumPy is what the
+differences are taken of.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxact.verify._differences import along
+from jaxact.verify._jacobian import Jacobian, Layout, Source, autodiff, call, exact, given, slope_in_mpmath
+from jaxact.verify._primal import without_rules
+from jaxact.verify._problem import Problem, ravel, ravel_one, unravel
+
+# Up to this many entries the whole Jacobian is checked, beyond it this many of its rows and columns.
+FULL, SAMPLED = 2**21, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Σⱼ Jᵢⱼ vⱼ for each row of vectors, what to measure an error by, and how far the oracle itself may be off."""
+
+    want: np.ndarray
+    size: np.ndarray  # Σⱼ |Jᵢⱼ||vⱼ|
+    error: np.ndarray
+    conditioning: np.ndarray  # how far the product moves with its inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    name: str
+    exact: bool
+    layout: Layout
+    jacobian: Jacobian
+    error: Jacobian
+    near: list[Jacobian]  # how the entries change when the inputs are off by the bound
+    credible: np.ndarray  # outputs whose derivative the oracle knows
+    doubt: str  # why not the others
+
+    def index(self, mode: str) -> np.ndarray:
+        return self.layout.rows if mode == "reverse" else self.layout.columns
+
+    def product(self, mode: str, vectors: np.ndarray) -> Product:
+        v = vectors[:, self.index(mode)]
+
+        def times(v: np.ndarray, jacobian: Jacobian) -> np.ndarray:
+            entries = getattr(jacobian, mode)
+            return v * entries if entries.ndim == 1 else v @ entries
+
+        with np.errstate(all="ignore"):
+            size = self.jacobian.map(np.abs)
+            moved = np.max([np.abs(times(v, d)) for d in self.near], axis=0)
+            return Product(times(v, self.jacobian), times(np.abs(v), size), times(np.abs(v), self.error), moved)
+
+
+def find_oracle(problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator) -> Oracle:
+    kind = None if reference is None else _kind(problem, reference)
+    program = reference if kind == "jax" else problem.f
+    layout = _layout(problem, program, rng)
+    source = autodiff(problem, program, layout)
+    shaken = [_nearby(problem.x, 2.0**-50, rng) for _ in range(2)]
+    moved = [_nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
+    if derivative is not None or kind == "mpmath":
+        name = f"exact derivative, {_name(derivative)}" if derivative else f"reference in mpmath, {_name(reference)}"
+        source = given(problem, derivative or slope_in_mpmath(reference), layout)
+        return _exactly(problem, name, layout, source, moved)
+    name = f"reference in JAX, {_name(reference)}" if kind == "jax" else "what f computes, in float64, by autodiff"
+    try:
+        jacobian = source(problem.x)
+    except Exception as error:
+        why = f"what f computes cannot be differentiated in float64 ({type(error).__name__})"
+        nothing = layout.of_matrix(np.zeros((problem.m, problem.n)))
+        return Oracle(name, False, layout, nothing, nothing, [nothing], np.zeros(problem.m, bool), why)
+    error = jacobian.map(lambda j: 2.0**-50 * np.abs(j))
+    for x in shaken:
+        error = error.map(lambda e, j, k: e + 4 * np.abs(k - j), jacobian, source(x))
+    values = _numpy_values(problem, reference) if kind == "numpy" else _jax_values(problem, program)
+    credible, zero_error = _against_differences(problem, layout, jacobian, values, rng)
+    narrow = kind is None and _narrow_inside(problem)
+    unsure = error.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
+    if narrow or problem.wide or not credible.all() or any(u.any() for u in unsure) or _zero_rows(jacobian).any():
+        exactly = exact(problem, program, layout, _pattern(layout, jacobian))
+        if exactly is not None:
+            name = name.replace("in float64, by autodiff", "in mpmath") + (", in mpmath" if kind == "jax" else "")
+            return _exactly(problem, name, layout, exactly, moved)
+    doubt = "" if credible.all() else "autodiff and differences of the oracle disagree, as at a kink or a jump"
+    if narrow:
+        doubt = "f computes in less than float64 inside, whatever its arguments"
+        error = error.map(lambda e, j: e + 2.0**-20 * np.abs(j), jacobian)
+    # A derivative that autodiff makes exactly 0 in all of a row may have cancelled: then differences are all there is.
+    zero = _zero_rows(jacobian)
+    if layout.elementwise:
+        error = layout.of_slopes(np.where(zero, zero_error, error.reverse))
+    else:
+        error = Jacobian(np.where(zero[layout.rows][:, None], zero_error[layout.rows][:, None], error.reverse),
+                         np.where(zero[None, :], zero_error[None, :], error.forward))  # fmt: skip
+    near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
+    if kind == "numpy":
+        name = f"reference in NumPy, {_name(reference)}, by differences, and what f computes, by autodiff"
+    return _finished(Oracle(name, False, layout, jacobian, error, near, credible, doubt))
+
+
+def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved: list[np.ndarray]) -> Oracle:
+    jacobian = source(problem.x)
+    near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
+    error = jacobian.map(lambda j: 2.0**-52 * np.abs(j))
+    return _finished(Oracle(name, True, layout, jacobian, error, near, np.ones(problem.m, bool), ""))
+
+
+def _finished(oracle: Oracle) -> Oracle:
+    """Outputs without a finite derivative are not credible, and their entries 0."""
+    layout, rows = oracle.layout, oracle.jacobian.reverse
+    credible = oracle.credible.copy()
+    finite = np.isfinite(rows) if layout.elementwise else np.isfinite(rows).all(1)
+    credible[layout.rows] &= finite
+    if not layout.elementwise:
+        credible &= np.isfinite(oracle.jacobian.forward).all(0)
+    doubt = oracle.doubt or ("" if credible.all() else "it is not differentiable there, or not finite")
+    clean = oracle.jacobian.map(lambda j: np.nan_to_num(j, nan=0, posinf=0, neginf=0))
+    error = oracle.error.map(lambda e: np.nan_to_num(e, nan=0, posinf=0, neginf=0))
+    return dataclasses.replace(oracle, jacobian=clean, error=error, credible=credible, doubt=doubt)
+
+
+def _layout(problem: Problem, f: Any, rng: np.random.Generator) -> Layout:
+    """The whole Jacobian, or so many of its rows and columns; or only slopes, where it is diagonal."""
+
+    def some(size: int) -> np.ndarray:
+        return np.arange(size) if whole or size <= SAMPLED else np.sort(rng.choice(size, SAMPLED, replace=False))
+
+    whole = problem.n * problem.m <= FULL
+    layout = Layout(some(problem.m), some(problem.n), whole, False)
+    if [s for s, _ in problem.in_shapes] != [s for s, _ in problem.out_shapes] or len(problem.in_shapes) != 1:
+        return layout
+    try:
+        rows = autodiff(problem, f, layout)(problem.x).reverse.copy()
+    except Exception:
+        return layout
+    rows[np.arange(len(rows)), layout.rows] = 0
+    if np.any(rows != 0):
+        return layout
+    everything = np.arange(problem.n)
+    return Layout(everything, everything, True, True)
+
+
+def _pattern(layout: Layout, jacobian: Jacobian) -> np.ndarray | None:
+    """Which entries may not be 0; None where the Jacobian is diagonal."""
+    if layout.elementwise or not layout.whole:
+        return None
+    return (jacobian.reverse != 0) | _zero_rows(jacobian)[:, None]
+
+
+def _zero_rows(jacobian: Jacobian) -> np.ndarray:
+    columns = jacobian.forward
+    return columns == 0 if columns.ndim == 1 else (columns == 0).all(0)
+
+
+def _name(f: Any) -> str:
+    return getattr(f, "__name__", type(f).__name__)
+
+
+def _nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndarray:
+    return x * (1 + relative * rng.choice([-1.0, 1.0], x.shape))
+
+
+def _kind(problem: Problem, reference: Any) -> str:
+    wide = problem.leaves(problem.x, np.float64)
+    with jax.enable_x64(True), np.errstate(all="ignore"):
+        try:
+            jax.eval_shape(problem.spec.of_floats(reference, problem.others), *wide)
+            return "jax"
+        except Exception:
+            pass
+        args = problem.spec.arguments(wide, problem.others)
+        try:
+            out = jax.tree.leaves(reference(*args))
+            if all(np.asarray(y).dtype != object for y in out):
+                return "numpy"
+        except (TypeError, ValueError, AttributeError):
+            if len(jax.tree.leaves(args)) != 1:
+                raise
+        return "mpmath"
+
+
+def _batch(f: Any, spec: Any, parts: Any, others: Any) -> Any:
+    flat = spec.of_floats(without_rules(f), others)
+    return jax.lax.map(lambda floats: flat(*floats), parts)
+
+
+_compiled_batch = jax.jit(_batch, static_argnums=(0, 1))
+
+
+def _jax_values(problem: Problem, f: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def at(points: np.ndarray) -> np.ndarray:
+        with jax.enable_x64(True):
+            parts = tuple(jnp.asarray(p) for p in unravel(points, problem.in_shapes, np.float64))
+            return ravel(_compiled_batch(f, problem.spec, parts, problem.others))
+
+    return at
+
+
+def _numpy_values(problem: Problem, reference: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def one(x: np.ndarray) -> np.ndarray:
+        args = problem.spec.arguments(problem.leaves(x, np.float64), problem.others)
+        return ravel_one([np.asarray(y, np.float64) for y in jax.tree.leaves(call(reference, args))])
+
+    return lambda points: np.stack([one(x) for x in points])
+
+
+def reference_value(problem: Problem, reference: Any) -> np.ndarray | None:
+    """The reference's value in float64; None without a reference."""
+    return None if reference is None else _numpy_values(problem, reference)(problem.x[None])[0]
+
+
+def _narrow_inside(problem: Problem) -> bool:
+    """Whether `f`, given float64, computes anything in a narrower type."""
+
+    def narrow(jaxpr: Any) -> bool:
+        for equation in jaxpr.eqns:
+            dtypes = [getattr(v.aval, "dtype", None) for v in equation.outvars]
+            if any(d is not None and jnp.issubdtype(d, jnp.floating) and d != np.float64 for d in dtypes):
+                return True
+            inner = jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns"))
+            if any(narrow(p) for p in inner if hasattr(p, "eqns")):
+                return True
+        return False
+
+    with jax.enable_x64(True):
+        flat = problem.spec.of_floats(problem.f, problem.others)
+        return narrow(jax.make_jaxpr(flat)(*problem.leaves(problem.x, np.float64)).jaxpr)
+
+
+def _against_differences(
+    problem: Problem, layout: Layout, jacobian: Jacobian, values: Any, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which outputs' derivatives agree with differences in random directions, and how well those know a 0."""
+    credible, zero_error = np.ones(problem.m, bool), np.zeros(problem.m)
+    scale = np.where(problem.x == 0, 2.0**-10, np.abs(problem.x))[layout.columns]
+    for _ in range(2):
+        v = np.zeros(problem.n)
+        v[layout.columns] = scale * rng.choice([-1.0, 1.0], len(scale))
+        difference, bar = along(values, problem.x, v)
+        with np.errstate(all="ignore"):
+            u, columns = v[layout.columns], jacobian.forward
+            expected = u * columns if columns.ndim == 1 else u @ columns
+            size = np.abs(u * columns) if columns.ndim == 1 else np.abs(u) @ np.abs(columns)
+            # Where the function is not finite around, differences say nothing.
+            credible &= (np.abs(difference - expected) <= 8 * bar + 2.0**-36 * size) | ~np.isfinite(difference)
+            per_input = bar / (scale if layout.elementwise else scale.min())
+        zero_error = np.maximum(zero_error, np.nan_to_num(per_input, nan=np.inf, posinf=np.inf))
+    return credible, zero_error

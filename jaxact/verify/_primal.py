@@ -1,0 +1,68 @@
+"""A function without its custom derivative rules, so that autodiff differentiates what it computes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Literal
+
+# The parameter that holds what a call computes.
+_CALLS = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+}
+
+
+def without_rules(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` with every `jax.custom_jvp` and `jax.custom_vjp` replaced by its primal, inside loops and branches too."""
+
+    def plain(*args: Any) -> Any:
+        closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+        return jax.tree.unflatten(
+            jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        )
+
+    return plain
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else values[v]
+
+    for equation in jaxpr.eqns:
+        inputs = [read(v) for v in equation.invars]
+        called = equation.params.get(_CALLS.get(equation.primitive.name, ""))
+        if isinstance(called, ClosedJaxpr):
+            outputs = _evaluate(called.jaxpr, called.consts, inputs)
+        else:
+            outputs = equation.primitive.bind(*inputs, **{k: _strip(v) for k, v in equation.params.items()})
+            outputs = outputs if equation.primitive.multiple_results else [outputs]
+        values.update(zip(equation.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _strip(parameter: Any) -> Any:
+    """A parameter of a loop or a branch, its programs without rules."""
+    if isinstance(parameter, tuple):
+        return tuple(_strip(p) for p in parameter)
+    if hasattr(parameter, "eqns") and _has_rule(parameter):
+        consts = getattr(parameter, "consts", ())
+        jaxpr = getattr(parameter, "jaxpr", parameter)
+        stripped = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args))(*(v.aval for v in jaxpr.invars))
+        return stripped if isinstance(parameter, ClosedJaxpr) else stripped.jaxpr
+    return parameter
+
+
+def _has_rule(jaxpr: Any) -> bool:
+    def inner(parameter: Any) -> bool:
+        if isinstance(parameter, tuple):
+            return any(map(inner, parameter))
+        return hasattr(parameter, "eqns") and _has_rule(parameter)
+
+    return any(e.primitive.name.startswith("custom_") or any(map(inner, e.params.values())) for e in jaxpr.eqns)

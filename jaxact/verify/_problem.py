@@ -1,0 +1,192 @@
+"""A function and its arguments, as the checks see them: float leaves in, float leaves out, and matrices of both."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import Array, lax
+
+from jaxact.verify._primal import without_rules
+
+Leaves = tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Where the float arrays stand among the arguments. Hashable, so that compiled products are found again."""
+
+    tree: Any
+    roles: tuple[Any, ...]  # of each leaf: "float", "other", or ("static", the Python value)
+
+    def split(self, leaves: Sequence[Any]) -> tuple[Leaves, Leaves]:
+        by_role = list(zip(leaves, self.roles, strict=True))
+        floats = tuple(leaf for leaf, role in by_role if role == "float")
+        return floats, tuple(leaf for leaf, role in by_role if role == "other")
+
+    def arguments(self, floats: Sequence[Any], others: Sequence[Any]) -> Any:
+        of_role = {"float": iter(floats), "other": iter(others)}
+        return self.tree.unflatten([role[1] if isinstance(role, tuple) else next(of_role[role]) for role in self.roles])
+
+    def of_floats(self, f: Callable[..., Any], others: Leaves) -> Callable[..., Leaves]:
+        """`f` as a function of the float leaves to the float leaves of its result."""
+
+        def flat(*floats: Any) -> Leaves:
+            out = jax.tree.leaves(f(*self.arguments(floats, others)))
+            return tuple(y for y in out if jnp.issubdtype(jnp.result_type(y), jnp.floating))
+
+        return flat
+
+
+class Problem:
+    """`f` at `args`. Vectors of tangents and cotangents are rows of float64 matrices, leaf after leaf."""
+
+    def __init__(self, f: Callable[..., Any], args: tuple[Any, ...]):
+        leaves, tree = jax.tree.flatten(args)
+        self.f = f
+        self.spec = Spec(tree, tuple(map(_role, leaves)))
+        as_arrays = [
+            leaf if isinstance(role, tuple) else _array(leaf)
+            for leaf, role in zip(leaves, self.spec.roles, strict=True)
+        ]
+        self.floats, self.others = self.spec.split(as_arrays)
+        if not self.floats:
+            raise TypeError(
+                "args must contain a float array or number, for there is no derivative with respect to others."
+            )
+        self.wide = any(x.dtype == np.float64 for x in self.floats)
+        with self.precision():
+            out = jax.eval_shape(self.spec.of_floats(f, self.others), *self.floats)
+        self.out_shapes = [(y.shape, np.dtype(y.dtype)) for y in out]
+        if not self.out_shapes:
+            raise TypeError("f must return a float array; it has no derivative otherwise.")
+        self.in_shapes = [(x.shape, np.dtype(x.dtype)) for x in self.floats]
+
+    def precision(self) -> Any:
+        """The context to run `f` in: with 64 bits only if the arguments have them."""
+        return jax.enable_x64(self.wide)
+
+    @property
+    def n(self) -> int:
+        return sum(int(np.prod(shape)) for shape, _ in self.in_shapes)
+
+    @property
+    def m(self) -> int:
+        return sum(int(np.prod(shape)) for shape, _ in self.out_shapes)
+
+    @property
+    def dtypes(self) -> list[np.dtype]:
+        return [dtype for _, dtype in (*self.in_shapes, *self.out_shapes)]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest dtype among arguments and results: errors are measured in its unit roundoff."""
+        return max(self.dtypes, key=lambda d: float(ml_dtypes.finfo(d).eps))
+
+    @property
+    def unit(self) -> float:
+        return float(ml_dtypes.finfo(self.dtype).eps) / 2
+
+    @functools.cached_property
+    def x(self) -> np.ndarray:
+        return np.concatenate([np.asarray(leaf).astype(np.float64).ravel() for leaf in self.floats])
+
+    def leaves(self, x: np.ndarray, dtype: Any = None) -> Leaves:
+        """The float leaves that a vector stands for, in their own dtypes or in `dtype`."""
+        return tuple(part[0] for part in unravel(x[None], self.in_shapes, dtype))
+
+    def rounded(self, vectors: np.ndarray, shapes: Any) -> np.ndarray:
+        return ravel([part.astype(np.float64) for part in unravel(vectors, shapes)])
+
+    def value(self) -> np.ndarray:
+        with self.precision():
+            return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
+
+    def products(self, mode: str, variant: str, vectors: np.ndarray) -> np.ndarray:
+        """Jᵀg or J v for each row, as `f`'s own rules have it, called `eager`ly or under a transformation."""
+        shapes = self.out_shapes if mode == "reverse" else self.in_shapes
+        with self.precision():
+            parts = tuple(map(jnp.asarray, unravel(vectors, shapes)))
+            call = eager_products if variant == "eager" else compiled_products
+            return ravel(call(self.f, self.spec, mode, variant, self.floats, self.others, parts))
+
+    def primal_of(self, mode: str) -> np.ndarray:
+        """The value that the rule's forward pass returns beside the derivative."""
+        with self.precision():
+            flat = self.spec.of_floats(self.f, self.others)
+            if mode == "reverse":
+                return ravel_one(jax.vjp(flat, *self.floats)[0])
+            return ravel_one(jax.jvp(flat, self.floats, tuple(map(jnp.zeros_like, self.floats)))[0])
+
+
+def _role(leaf: Any) -> Any:
+    if isinstance(leaf, float):
+        return "float"
+    if not hasattr(leaf, "dtype"):
+        return "static", leaf
+    return "float" if jnp.issubdtype(leaf.dtype, jnp.floating) else "other"
+
+
+def _array(leaf: Any) -> Array:
+    # A NumPy array of float64 is meant as such, whether or not JAX is set to have float64.
+    with jax.enable_x64(getattr(leaf, "dtype", None) == np.float64 or jax.config.jax_enable_x64):
+        return jnp.asarray(leaf)
+
+
+def unravel(vectors: np.ndarray, shapes: Any, dtype: Any = None) -> list[np.ndarray]:
+    """Rows of a matrix as one array a leaf, with the rows as its leading axis."""
+    sizes = [int(np.prod(shape)) for shape, _ in shapes]
+    parts = np.split(vectors, np.cumsum(sizes)[:-1], axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return [
+            part.reshape(len(vectors), *shape).astype(dtype or own)
+            for part, (shape, own) in zip(parts, shapes, strict=True)
+        ]
+
+
+def ravel(parts: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(p).astype(np.float64).reshape(len(p), -1) for p in parts], axis=1)
+
+
+def ravel_one(leaves: Sequence[Any]) -> np.ndarray:
+    return ravel([np.asarray(leaf)[None] for leaf in leaves])[0]
+
+
+def eager_products(f: Any, spec: Spec, mode: str, _: str, floats: Leaves, others: Leaves, vectors: Leaves) -> Any:
+    flat = spec.of_floats(f, others)
+    rows = [tuple(part[i] for part in vectors) for i in range(len(vectors[0]))]
+    if mode == "reverse":
+        _, pullback = jax.vjp(flat, *floats)
+        results = [pullback(row) for row in rows]
+    else:
+        results = [jax.jvp(flat, floats, row)[1] for row in rows]
+    return [np.stack([np.asarray(r[i]) for r in results]) for i in range(len(results[0]))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def compiled_products(
+    f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves
+) -> Any:
+    """The products under jit, one after another; or under vmap over the arguments too; or of the checkpointed f.
+
+    `plain` is f without its custom rules, under vmap over the vectors alone.
+    """
+    if variant == "plain":
+        f = without_rules(f)
+    if variant == "remat":
+        f = jax.checkpoint(f)
+
+    def product(floats: Leaves, others: Leaves, vector: Leaves) -> Any:
+        flat = spec.of_floats(f, others)
+        return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
+
+    if variant == "vmap":
+        copies = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(vectors[0]), *a.shape)), (floats, others))
+        return jax.vmap(product)(*copies, vectors)
+    if variant == "plain":
+        return jax.vmap(lambda vector: product(floats, others, vector))(vectors)
+    return lax.map(lambda vector: product(floats, others, vector), vectors)

@@ -1,0 +1,94 @@
+"""What a check found: verdicts with their evidence, as text, JSON and Markdown."""
+
+import dataclasses
+import json
+from typing import Any
+
+VERIFIED, REFUTED, INCONCLUSIVE = "verified", "refuted", "inconclusive"
+
+
+class Refuted(AssertionError):
+    """Raised by `Report.raise_if_not_ok`, with the report as its message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that was checked: `verdict`, or "absent" where there was nothing to check."""
+
+    name: str
+    verdict: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The result of a verification.
+
+    Attributes:
+        subject: what was verified.
+        verdict: "verified", "refuted" or "inconclusive". Inconclusive is not a pass: `reasons` says what is missing.
+        checks: what was checked, each with its verdict.
+        reasons: sentences for the author: what is wrong, or why there is no verdict.
+        facts: oracle, bound, points, power, residual bytes and the like; plain values, for JSON.
+        witness: lines to paste into a REPL, with `f` and `args` as they were given; empty unless refuted.
+    """
+
+    subject: str
+    verdict: str
+    checks: tuple[Check, ...] = ()
+    reasons: tuple[str, ...] = ()
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    witness: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == VERIFIED
+
+    def raise_if_not_ok(self) -> None:
+        if not self.ok:
+            raise Refuted(str(self))
+
+    def __str__(self) -> str:
+        lines = [f"{self.subject}: {self.verdict}", *(f"  {reason}" for reason in self.reasons)]
+        width = max((len(c.name) for c in self.checks), default=0)
+        lines += [f"  {_MARKS[c.verdict]} {c.name:{width}}  {c.detail}" for c in self.checks]
+        lines += [f"  {name}: {_plain(value)}" for name, value in self.facts.items()]
+        if self.witness:
+            lines += ["  to see it:", *(f"    {line}" for line in self.witness.splitlines())]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=_plain)
+
+    def to_markdown(self) -> str:
+        lines = [f"### `{self.subject}`: {self.verdict}", "", *(f"{reason}\n" for reason in self.reasons)]
+        lines += ["| check | verdict | |", "|---|---|---|"]
+        lines += [f"| {c.name} | {c.verdict} | {_cell(c.detail)} |" for c in self.checks]
+        lines += ["", *(f"- {name}: {_plain(value)}" for name, value in self.facts.items())]
+        if self.witness:
+            lines += ["", "```python", self.witness, "```"]
+        return "\n".join(lines) + "\n"
+
+
+_MARKS = {VERIFIED: "✓", REFUTED: "✗", INCONCLUSIVE: "?", "absent": "–"}
+
+
+def verdict_of(verdicts: list[str]) -> str:
+    """Refuted if anything is, verified only if nothing is left open."""
+    if REFUTED in verdicts:
+        return REFUTED
+    return INCONCLUSIVE if INCONCLUSIVE in verdicts or VERIFIED not in verdicts else VERIFIED
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,170 @@
+"""`values`: how far a function's values are off, over every input of a 16-bit type, or over any inputs."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxact.verify._jacobian import call
+from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report
+
+BLOCK = 2**18  # inputs at a time: their float64 temporaries stay in the cache
+BINS = [0.5, 1, 2, 4, 8, 16, math.inf]  # of the histogram: errors up to so many ulp
+
+
+def values(
+    f: Callable[[Any], Any],
+    reference: Callable[[Any], Any],
+    *,
+    dtype: Any,
+    points: Any = None,
+    bound: float = 1.0,
+    progress: bool = False,
+) -> Report:
+    """Measures the error of an elementwise function in ulp, at every input of a 16-bit dtype or at the given ones.
+
+    Args:
+        f: a function of one array, element by element.
+        reference: the same in float64 NumPy, or in mpmath for one number.
+        dtype: float16, bfloat16, float32 or float64, of the inputs and the result.
+        points: an array of inputs; "all" for every input of the dtype, 2³² of float32 in blocks; None for "all" of
+            a 16-bit dtype.
+        bound: refute if an error is larger, in ulp: units of the spacing of `dtype` at the exact result.
+        progress: print a progress bar to stderr.
+
+    Returns:
+        A `Report` with the largest, the mean and the 99.9 % error, the worst input, counts for each region and a histogram
+        in `facts`. Results below the smallest normal number are right if they are below it too, since XLA flushes
+        them to 0; nan must meet nan, and an infinity the same infinity.
+
+    Raises:
+        TypeError: if `dtype` is not a float type.
+        ValueError: if `points` is None for more than 16 bits.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, jaxact
+        >>> from jaxact import verify
+        >>> report = verify.values(jaxact.softplus, lambda x: np.logaddexp(x, 0), dtype=jnp.bfloat16, bound=0.51)
+        >>> report.verdict, report.facts["inputs"]
+        ('verified', 65536)
+    """
+    dtype = np.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a float type, got {dtype}.")
+    if points is None and dtype.itemsize > 2:
+        raise ValueError(f'points must be an array or "all" for {dtype}: only 16-bit types are visited by default.')
+    everything = points is None or (isinstance(points, str) and points == "all")
+    if everything and dtype.itemsize > 4:
+        raise ValueError(f"{dtype} has too many values to visit: points must be an array.")
+    total = 2 ** (8 * dtype.itemsize) if everything else np.size(points)
+    blocks = _all(dtype) if everything else _given(np.asarray(points).astype(dtype).ravel())
+    with jax.enable_x64(dtype.itemsize > 4):
+        statistics = _Statistics(f, reference, dtype)
+        with ThreadPoolExecutor(2) as pool:  # NumPy and XLA release the interpreter's lock
+            for done, block in enumerate(pool.map(statistics.of_block, blocks), start=1):
+                statistics.add(*block)
+                if progress:
+                    _show(done * BLOCK / total, statistics.worst)
+    return statistics.report(getattr(f, "__name__", "f"), bound)
+
+
+def _all(dtype: np.dtype) -> Iterator[np.ndarray]:
+    count = 2 ** (8 * dtype.itemsize)
+    for start in range(0, count, BLOCK):
+        yield np.arange(start, min(start + BLOCK, count), dtype=np.int64).astype(f"u{dtype.itemsize}").view(dtype)
+
+
+def _given(points: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, max(len(points), 1), BLOCK):
+        yield points[start : start + BLOCK]
+
+
+class _Statistics:
+    """Errors so far."""
+
+    def __init__(self, f: Any, reference: Any, dtype: np.dtype):
+        self.f, self.reference, self.dtype = jax.jit(f), reference, dtype
+        self.worst, self.at, self.sum = -1.0, {}, 0.0
+        self.regions = {"normal": 0, "subnormal": 0, "special": 0}
+        self.bins = np.zeros(len(BINS) + 1, int)
+        self.fine = np.zeros(4096, int)  # of log2(error), for the quantile
+
+    def of_block(self, x: np.ndarray) -> Any:
+        got = np.asarray(self.f(x))
+        if got.dtype != self.dtype or got.shape != x.shape:
+            raise TypeError(f"f must be elementwise and keep the dtype {self.dtype}, got {got.dtype}{list(got.shape)}.")
+        with np.errstate(all="ignore"):
+            want = np.asarray(call(self.reference, (x.astype(np.float64),)), np.float64)
+        error, region = ulp_errors(got, want, self.dtype)
+        return x, got, want, error, region
+
+    def add(self, x: Any, got: Any, want: Any, error: Any, region: Any) -> None:
+        if not len(x):
+            return
+        i = int(np.argmax(error))
+        if error[i] > self.worst:
+            self.worst, self.at = (
+                float(error[i]),
+                {"input": float(x[i]), "got": float(got[i]), "expected": float(want[i])},
+            )
+        for k, name in enumerate(self.regions):
+            self.regions[name] += int((region == k).sum())
+        normal = error[(region == 0) & np.isfinite(error)]
+        self.sum += float(normal.sum())
+        self.bins += np.bincount(np.searchsorted(BINS, error), minlength=len(BINS) + 1)
+        with np.errstate(divide="ignore"):
+            place = np.clip((np.log2(normal) + 32) * 64, 0, 4095).astype(int)
+        self.fine += np.bincount(place, minlength=4096)
+
+    def report(self, name: str, bound: float) -> Report:
+        count = sum(self.regions.values())
+        normal = max(1, int(self.fine.sum()))
+        quantile = 2.0 ** (np.searchsorted(np.cumsum(self.fine), 0.999 * normal) / 64 - 32 + 1 / 64) if count else 0.0
+        labels = [f"≤ {b:g} ulp" for b in BINS[:-1]] + ["more"]
+        histogram = dict(
+            zip(labels, [*self.bins[: len(BINS) - 1].tolist(), int(self.bins[len(BINS) - 1 :].sum())], strict=True)
+        )
+        facts = {
+            "inputs": count, "max ulp": self.worst, "mean ulp": self.sum / normal, "99.9 % ulp": float(quantile),
+            "worst": self.at, "regions": self.regions, "histogram": histogram, "bound": f"{bound:g} ulp ({self.dtype})",
+        }  # fmt: skip
+        if not count:
+            return Report(name, INCONCLUSIVE, reasons=("there is no input to check",), facts=facts)
+        verdict = VERIFIED if self.worst <= bound else REFUTED
+        reasons = () if verdict == VERIFIED else (
+            f"at x = {self.at['input']!r} f is {self.at['got']:.9g} where {self.at['expected']:.9g} is exact: {self.worst:.4g} ulp",
+        )  # fmt: skip
+        detail = f"max {self.worst:.4g}, mean {facts['mean ulp']:.3g} ulp over {count} inputs"
+        witness = "" if verdict == VERIFIED else (
+            f"import jax, jax.numpy as jnp\njax.jit(f)(jnp.array({self.at['input']!r}, jnp.{self.dtype.name}))"
+            f"  # {self.at['got']:.9g}, should be {self.at['expected']:.9g}"
+        )  # fmt: skip
+        return Report(name, verdict, (Check("values", verdict, detail),), reasons, facts, witness)
+
+
+def ulp_errors(got: np.ndarray, want: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """|got − want| in spacings of the dtype at `want`, and the region of `want`: 0 normal, 1 subnormal, 2 special."""
+    info = ml_dtypes.finfo(dtype)
+    tiny, largest = float(info.smallest_normal), float(info.max)
+    with np.errstate(all="ignore"):
+        got = got.astype(np.float64)
+        error = np.abs(got - want) / np.ldexp(1.0, np.frexp(want)[1] - 1 - info.nmant)
+        subnormal, special = np.abs(want) < tiny, ~(np.abs(want) <= largest)
+        rounded = want.astype(dtype).astype(np.float64)
+    error = np.where(subnormal, np.where(np.abs(got) <= tiny, 0.0, np.inf), error)
+    same = (got == rounded) | (np.isnan(got) & np.isnan(want))
+    error = np.where(special, np.where(same, 0.0, np.inf), error)
+    return np.where(np.isnan(error), np.inf, error), np.where(special, 2, np.where(subnormal, 1, 0))
+
+
+def _show(done: float, worst: float) -> None:
+    filled = int(30 * min(done, 1.0))
+    end = "\n" if done >= 1 else ""
+    sys.stderr.write(f"\r[{'#' * filled}{'.' * (30 - filled)}] {min(done, 1.0):4.0%}  max {worst:.3f} ulp{end}")
+    sys.stderr.flush()
