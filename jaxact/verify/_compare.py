@@ -64,7 +64,7 @@ def compare(
         perhaps = error <= base + product.error
         unresolved = ((product.error > base) | (~right & perhaps)) & (got != product.want)
         wrong = ~right & ~perhaps
-    if mode == "forward":
+    if mode == "forward" or oracle.layout.elementwise:
         unresolved |= ~oracle.credible
         wrong &= oracle.credible
     return Verdicts(got, product, base, wrong, unresolved & ~wrong, floor)
@@ -84,7 +84,7 @@ def mutants(
     made = {
         "zero": got * 0,
         "−1×": -got,
-        "1 + 3·bound": got * (1 + 3 * bound * problem.unit),
+        "1 + 3·bound": got * (1 + 3 * _least_visible(problem, verdicts, seen, bound)),
         "one element zeroed": np.where(one, 0, got),
     }
     if oracle.layout.elementwise and problem.n > 1:
@@ -99,3 +99,16 @@ def mutants(
             if np.any(np.abs(full - full.T) > 1e-3 * np.abs(full).max()):
                 made["transposed"] = vectors @ (full.T if mode == "reverse" else full)
     return made
+
+
+# A bound beyond so many units, or beyond a quarter, is none: mutants this far off must still be refuted.
+DULL = 1024
+
+
+def _least_visible(problem: Problem, verdicts: Verdicts, seen: np.ndarray, bound: float) -> float:
+    """The smallest relative error that a check with this bound should see somewhere, unless the bound is far too wide."""
+    product = verdicts.product
+    kept = min(1.0, DULL / bound, 0.25 / (bound * problem.unit))
+    allowed = kept * (bound * problem.unit * product.size + product.conditioning) + verdicts.floor
+    with np.errstate(all="ignore"):
+        return float(np.min(np.where(seen, allowed / np.abs(product.want), np.inf)))

@@ -1,5 +1,6 @@
 """`contract`: shapes, dtypes, trees and leaks, without arithmetic."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,12 @@ def contract(f: Callable[..., Any], *args: Any) -> Report:
         >>> verify.contract(jnp.sin, jnp.ones(3)).verdict
         'verified'
     """
-    problem = Problem(f, args)
+    return check_contract(Problem(f, args), leaks=True)
+
+
+def check_contract(problem: Problem, leaks: bool) -> Report:
+    """The contract; looking for leaks takes JAX seconds, since it then keeps no traces."""
+    f = problem.f
     flat = problem.spec.of_floats(f, problem.others)
     checks, reasons = [], []
 
@@ -45,7 +51,7 @@ def contract(f: Callable[..., Any], *args: Any) -> Report:
     for mode, function in (("reverse", reverse), ("forward", forward)):
         due = problem.in_shapes if mode == "reverse" else problem.out_shapes
         try:
-            with problem.precision(), jax.checking_leaks():
+            with problem.precision(), jax.checking_leaks() if leaks else contextlib.nullcontext():
                 primal, derivative = jax.eval_shape(function, problem.floats)
         except Exception as error:
             why = f"{type(error).__name__}: {first_line(error)}"

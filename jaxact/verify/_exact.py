@@ -58,7 +58,7 @@ def _step(equation: Any, inputs: list[Any], table: dict[str, Callable[..., Any]]
     called = next((params[k] for k in ("call_jaxpr", "fun_jaxpr", "call", "jaxpr") if k in params), None)
     run = functools.partial(_call, table=table)
     if name == "scan":
-        return _scan(params, inputs, run)
+        return _scan(equation, inputs, run)
     if name == "while":
         c, b = params["cond_nconsts"], params["body_nconsts"]
         for_cond, for_body, carry = inputs[:c], inputs[c : c + b], inputs[c + b :]
@@ -84,8 +84,11 @@ def _call(jaxpr: Any, inputs: list[Any], table: Any) -> list[Any]:
     return _run(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()), inputs, table)
 
 
-def _scan(params: Any, inputs: list[Any], run: Any) -> list[Any]:
-    c, k = params["num_consts"], params["num_carry"]
+def _scan(equation: Any, inputs: list[Any], run: Any) -> list[Any]:
+    # How many inputs are constants and how many are carried is read off the shapes: what is scanned has one axis more.
+    params, body = equation.params, getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"])
+    k = sum(v.aval.ndim == w.aval.ndim for v, w in zip(equation.outvars, body.outvars, strict=True))
+    c = sum(v.aval.ndim == w.aval.ndim for v, w in zip(equation.invars, body.invars, strict=True)) - k
     consts, carry, xs = inputs[:c], inputs[c : c + k], inputs[c + k :]
     steps = range(params["length"])
     stacked: list[Any] = []

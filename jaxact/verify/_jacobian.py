@@ -11,7 +11,7 @@ import numpy as np
 from jaxact.verify import _exact
 from jaxact.verify._problem import Problem, compiled_products, ravel, unravel
 
-WORK = 2_000_000  # operations in mpmath that a Jacobian may take: a few seconds
+WORK = 600_000  # operations in mpmath that a Jacobian may take: a few seconds
 
 
 class Jacobian(NamedTuple):
@@ -31,6 +31,10 @@ class Layout(NamedTuple):
     columns: np.ndarray
     whole: bool
     elementwise: bool
+
+    @classmethod
+    def diagonal(cls, size: int) -> "Layout":
+        return cls(np.arange(size), np.arange(size), True, True)
 
     def of_slopes(self, slopes: np.ndarray) -> Jacobian:
         return Jacobian(slopes, slopes)
@@ -81,47 +85,54 @@ def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) 
     with jax.enable_x64(True):
         program = jax.make_jaxpr(problem.spec.of_floats(f, problem.others))(*problem.leaves(problem.x, np.float64))
     groups = [np.arange(problem.n)] if pattern is None else _independent_columns(pattern)
-    if 3 * len(groups) * _exact.work(program.jaxpr) > WORK:
+    if 4 * len(groups) * _exact.work(program.jaxpr) > WORK:
         return None
-    digits, step = (700, 40) if problem.wide else (130, 40)
+    digits = _DIGITS[problem.wide]
 
     def at(x: np.ndarray) -> Jacobian:
         import mpmath
 
         with mpmath.workdps(digits):
-            h = mpmath.mpf(10) ** -step
             numbers = _exact.numbers(x)
-            widths = np.array([h * (abs(a) if a != 0 else 1) for a in numbers], object)
+            widths = np.array([_step(mpmath, a) for a in numbers], object)
             middle = _values(problem, program, numbers, digits)
             matrix = np.zeros((problem.m, problem.n))
             slopes = np.zeros(problem.n)
             for group in groups:
                 moved = np.zeros(problem.n, object)
                 moved[group] = widths[group]
-                above = _values(problem, program, numbers + moved, digits) - middle
-                below = middle - _values(problem, program, numbers - moved, digits)
+                above, half, below = (
+                    _values(problem, program, numbers + moved * side, digits) - middle
+                    for side in (1, mpmath.mpf(1) / 2, -1)
+                )
                 for i in range(problem.m):
-                    columns = group[[i]] if pattern is None else group[pattern[i, group]]
-                    for j in columns:
-                        slope = _slope(mpmath, above[i], below[i], widths[j])
-                        slopes[j] = slope
-                        if not layout.elementwise:
-                            matrix[i, j] = slope
-        return layout.of_slopes(slopes) if layout.elementwise else layout.of_matrix(matrix)
+                    for j in [i] if pattern is None else group[pattern[i, group]]:
+                        slopes[j] = _slope(mpmath, above[i], half[i], below[i], widths[j])
+                        if pattern is not None:
+                            matrix[i, j] = slopes[j]
+        return layout.of_slopes(slopes) if pattern is None else layout.of_matrix(matrix)
 
     try:
-        at(problem.x)
-    except (_exact.NotSupported, OverflowError, MemoryError):
+        here = at(problem.x)
+    except (_exact.NotSupported, OverflowError, MemoryError, TypeError):
         return None
-    return at
+    return lambda x: here if x is problem.x else at(x)
 
 
-def _slope(mpmath: Any, above: Any, below: Any, width: Any) -> float:
-    """The slope from both sides; nan where they differ by more than a curvature would make them."""
-    mean = (above + below) / 2
-    if not mpmath.isfinite(mean) or abs(above - below) > abs(mean) * mpmath.mpf(10) ** -15:
-        return float("nan") if above != 0 or below != 0 else 0.0
-    return float(mean / width)
+# Digits enough for the range of the arguments, the step, and derivatives down to the smallest number.
+_DIGITS = {False: 180, True: 720}
+
+
+def _step(mpmath: Any, x: Any) -> Any:
+    return mpmath.mpf(10) ** -40 * (abs(x) if 0 < abs(x) < 1 else 1)
+
+
+def _slope(mpmath: Any, above: Any, half: Any, below: Any, width: Any) -> float:
+    """The slope; nan at a kink or a jump, where one side or half the step gives another by more than curvature does."""
+    close = mpmath.mpf(10) ** -15 * (abs(above) + abs(below))
+    if mpmath.isfinite(above) and abs(above + below) <= close and abs(2 * half - above) <= close:
+        return float(above / width)
+    return float("nan")
 
 
 def _values(problem: Problem, program: Any, x: np.ndarray, digits: int) -> np.ndarray:
@@ -185,7 +196,8 @@ def call(f: Any, args: Any) -> Any:
 
     x = np.asarray(leaves[0], np.float64)
     with mpmath.workdps(400 if x.size < 64 else 60):
-        return np.reshape([float(f(mpmath.mpf(float(a)))) for a in x.ravel()], x.shape)
+        numbers = [f(mpmath.mpf(float(a))) for a in x.ravel()]
+    return np.reshape([float("nan") if isinstance(y, mpmath.mpc) else float(y) for y in numbers], x.shape)
 
 
 def slope_in_mpmath(reference: Any) -> Any:
@@ -196,8 +208,8 @@ def slope_in_mpmath(reference: Any) -> Any:
 
         if not isinstance(x, mpmath.mpf):
             raise TypeError("one number at a time")
-        with mpmath.workdps(130):
-            h = mpmath.mpf(10) ** -40 * (abs(x) if x != 0 else 1)
+        with mpmath.workdps(_DIGITS[True]):
+            h = _step(mpmath, x)
             return (reference(x + h) - reference(x - h)) / (2 * h)
 
     return slope

@@ -60,10 +60,20 @@ class Oracle:
             return Product(times(v, self.jacobian), times(np.abs(v), size), times(np.abs(v), self.error), moved)
 
 
-def find_oracle(problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator) -> Oracle:
+def find_oracle(
+    problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator, elementwise: bool = False
+) -> Oracle:
+    """The best oracle that can be had. `elementwise`: the Jacobian is known to be diagonal."""
+    with np.errstate(all="ignore"):
+        return _find_oracle(problem, reference, derivative, bound, rng, elementwise)
+
+
+def _find_oracle(
+    problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator, elementwise: bool
+) -> Oracle:
     kind = None if reference is None else _kind(problem, reference)
     program = reference if kind == "jax" else problem.f
-    layout = _layout(problem, program, rng)
+    layout = Layout.diagonal(problem.n) if elementwise else _layout(problem, program, rng)
     source = autodiff(problem, program, layout)
     shaken = [_nearby(problem.x, 2.0**-50, rng) for _ in range(2)]
     moved = [_nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
@@ -86,7 +96,7 @@ def find_oracle(problem: Problem, reference: Any, derivative: Any, bound: float,
     narrow = kind is None and _narrow_inside(problem)
     unsure = error.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
     if narrow or problem.wide or not credible.all() or any(u.any() for u in unsure) or _zero_rows(jacobian).any():
-        exactly = exact(problem, program, layout, _pattern(layout, jacobian))
+        exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, credible, values))
         if exactly is not None:
             name = name.replace("in float64, by autodiff", "in mpmath") + (", in mpmath" if kind == "jax" else "")
             return _exactly(problem, name, layout, exactly, moved)
@@ -109,7 +119,8 @@ def find_oracle(problem: Problem, reference: Any, derivative: Any, bound: float,
 
 def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved: list[np.ndarray]) -> Oracle:
     jacobian = source(problem.x)
-    near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
+    # One move and not several: these take long.
+    near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved[:1]]
     error = jacobian.map(lambda j: 2.0**-52 * np.abs(j))
     return _finished(Oracle(name, True, layout, jacobian, error, near, np.ones(problem.m, bool), ""))
 
@@ -145,15 +156,22 @@ def _layout(problem: Problem, f: Any, rng: np.random.Generator) -> Layout:
     rows[np.arange(len(rows)), layout.rows] = 0
     if np.any(rows != 0):
         return layout
-    everything = np.arange(problem.n)
-    return Layout(everything, everything, True, True)
+    return Layout.diagonal(problem.n)
 
 
-def _pattern(layout: Layout, jacobian: Jacobian) -> np.ndarray | None:
+def _pattern(
+    problem: Problem, layout: Layout, jacobian: Jacobian, credible: np.ndarray, values: Any
+) -> np.ndarray | None:
     """Which entries may not be 0; None where the Jacobian is diagonal."""
     if layout.elementwise or not layout.whole:
         return None
-    return (jacobian.reverse != 0) | _zero_rows(jacobian)[:, None]
+    pattern = (jacobian.reverse != 0) | _zero_rows(jacobian)[:, None]
+    if not credible.all():
+        # Autodiff may be wrong about these: which outputs change with which input?
+        steps = np.diag(np.where(problem.x == 0, 1.0, problem.x) * 2.0**-7)
+        moved = values(np.concatenate([problem.x + steps, problem.x - steps])) != values(problem.x[None])
+        pattern |= (moved[: problem.n] | moved[problem.n :]).T & ~credible[:, None]
+    return pattern
 
 
 def _zero_rows(jacobian: Jacobian) -> np.ndarray:

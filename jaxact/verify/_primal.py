@@ -49,8 +49,9 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
 
 def _strip(parameter: Any) -> Any:
     """A parameter of a loop or a branch, its programs without rules."""
-    if isinstance(parameter, tuple):
-        return tuple(_strip(p) for p in parameter)
+    if isinstance(parameter, tuple) and any(hasattr(p, "eqns") for p in parameter):
+        stripped = [_strip(p) for p in parameter]
+        return type(parameter)(*stripped) if hasattr(parameter, "_fields") else tuple(stripped)
     if hasattr(parameter, "eqns") and _has_rule(parameter):
         consts = getattr(parameter, "consts", ())
         jaxpr = getattr(parameter, "jaxpr", parameter)

@@ -102,9 +102,12 @@ class Problem:
     def rounded(self, vectors: np.ndarray, shapes: Any) -> np.ndarray:
         return ravel([part.astype(np.float64) for part in unravel(vectors, shapes)])
 
-    def value(self) -> np.ndarray:
+    def value(self, variant: str = "eager") -> np.ndarray:
+        """f's value, called plainly, or under `jit`, or under `vmap` over a batch of three, of which this is the second."""
         with self.precision():
-            return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
+            if variant == "eager":
+                return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
+            return ravel_one(compiled_value(self.f, self.spec, variant == "vmap", self.floats, self.others))
 
     def products(self, mode: str, variant: str, vectors: np.ndarray) -> np.ndarray:
         """Jᵀg or J v for each row, as `f`'s own rules have it, called `eager`ly or under a transformation."""
@@ -167,6 +170,14 @@ def eager_products(f: Any, spec: Spec, mode: str, _: str, floats: Leaves, others
     return [np.stack([np.asarray(r[i]) for r in results]) for i in range(len(results[0]))]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def compiled_value(f: Any, spec: Spec, batched: bool, floats: Leaves, others: Leaves) -> Leaves:
+    if not batched:
+        return spec.of_floats(f, others)(*floats)
+    three = tuple(jnp.stack([0.5 * x, x, -x]).astype(x.dtype) for x in floats)
+    return tuple(y[1] for y in jax.vmap(lambda *floats: spec.of_floats(f, others)(*floats))(*three))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def compiled_products(
     f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves
@@ -185,8 +196,11 @@ def compiled_products(
         return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
 
     if variant == "vmap":
-        copies = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(vectors[0]), *a.shape)), (floats, others))
-        return jax.vmap(product)(*copies, vectors)
+        # Between the rows, others that must not matter.
+        copies = tuple(jnp.stack([x, -x] * len(vectors[0])) for x in floats)
+        doubled = tuple(jnp.repeat(v, 2, axis=0) for v in vectors)
+        results = jax.vmap(lambda floats, vector: product(floats, others, vector))(copies, doubled)
+        return tuple(r[::2] for r in results)
     if variant == "plain":
         return jax.vmap(lambda vector: product(floats, others, vector))(vectors)
     return lax.map(lambda vector: product(floats, others, vector), vectors)
