@@ -90,7 +90,8 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes) -> Array:
     else:
         # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
         peak, total, _ = lax.optimization_barrier(sums)
-        e = exponentials(wide, peak, t, count)
+        # XLA has more than one exponential on CPU: beside another one's sum, this one may be more than the whole.
+        e = jnp.minimum(exponentials(wide, peak, t, count), total)
     # The maximum changes nothing unless no class is left and the sum is 0.
     return (e / jnp.maximum(total, smallest_total(count))).astype(x.dtype)
 

@@ -20,6 +20,11 @@ class Verdicts:
     unresolved: np.ndarray  # the oracle's own error is not well below what is allowed
     floor: np.ndarray  # below this XLA flushes to 0
 
+    def rows(self, some: np.ndarray) -> "Verdicts":
+        product = Product(*(getattr(self.product, f.name)[some] for f in dataclasses.fields(Product)))
+        own = (getattr(self, name)[some] for name in ("allowed", "wrong", "unresolved", "floor"))
+        return Verdicts(self.got[some], product, *own)
+
     def worst_in_units(self, unit: float) -> float:
         """The largest error in units of u·Σ|J||g|, where that is not 0."""
         with np.errstate(all="ignore"):
@@ -74,9 +79,12 @@ def mutants(
     problem: Problem, oracle: Oracle, mode: str, vectors: np.ndarray, verdicts: Verdicts, bound: float
 ) -> dict[str, np.ndarray]:
     """Products as wrong rules would have them. Each must be refuted by the comparison that passed the right ones."""
-    got, want = verdicts.got, verdicts.product.want
+    want = verdicts.product.want
+    got = np.nan_to_num(verdicts.got, nan=0, posinf=0, neginf=0)
     seen = np.abs(want) > 4 * verdicts.allowed
-    seen &= ~verdicts.unresolved & np.isfinite(got)
+    seen &= ~verdicts.unresolved & np.isfinite(verdicts.got)
+    if not want.any() and not verdicts.unresolved.any():
+        return {"1 added": got + 1}
     if not seen.any():
         return {}
     one = np.zeros(got.shape[1], bool)
@@ -106,7 +114,7 @@ DULL = 1024
 
 
 def _least_visible(problem: Problem, verdicts: Verdicts, seen: np.ndarray, bound: float) -> float:
-    """The smallest relative error that a check with this bound should see somewhere, unless the bound is far too wide."""
+    """The smallest relative error that a check with this bound should see, unless the bound is far too wide."""
     product = verdicts.product
     kept = min(1.0, DULL / bound, 0.25 / (bound * problem.unit))
     allowed = kept * (bound * problem.unit * product.size + product.conditioning) + verdicts.floor

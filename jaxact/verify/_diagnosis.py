@@ -20,7 +20,7 @@ def explain(
     g, w = got[c, i], want[c, i]
     known = ~verdicts.unresolved
     zero = ~vectors.any(1)
-    if got[zero].any():
+    if np.any(got[zero] != 0) and not np.isnan(got[zero]).any():
         return f"the {which} rule is not linear: for a {vector} of 0 it returns {np.max(np.abs(got[zero])):.4g}"
     if np.isnan(g):
         return f"the {which} rule returns nan where the derivative is {w:.4g} ({at})"
@@ -33,7 +33,7 @@ def explain(
         return (
             f"the {which} rule has the wrong sign"
             if abs(ratio[0] + 1) < 0.01
-            else f"the {which} rule is off by the constant factor {ratio[0]:.5g}"
+            else f"the {which} rule is off by the factor {ratio[0]:.5g}"
         )
     if oracle.layout.whole and not oracle.layout.elementwise and problem.n == problem.m:
         whole = oracle.jacobian.reverse

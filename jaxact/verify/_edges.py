@@ -15,8 +15,8 @@ def sweep(dtype: Any) -> np.ndarray:
     """±0, every magnitude, neighbours of 1 and of ½, the ends of the range."""
     info = ml_dtypes.finfo(dtype)
     near = [c * (1 + k * float(info.eps)) for c in (0.5, 1.0) for k in (-1, 0, 1)]
-    powers = 2.0 ** np.linspace(info.minexp, info.maxexp - 1, 64)
-    positive = np.concatenate([np.arange(1, 130) / 4, near, powers, [float(info.smallest_normal), float(info.max)]])
+    powers = 2.0 ** np.linspace(info.minexp, info.maxexp - 1, 32)
+    positive = np.concatenate([np.arange(1, 65) / 2, near, powers, [float(info.smallest_normal), float(info.max)]])
     with np.errstate(over="ignore"):
         points = np.unique(np.concatenate([[0.0], positive]).astype(dtype))
     wide = points.astype(np.float64)

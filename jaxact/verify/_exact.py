@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,25 @@ from jax.extend.core import Literal
 
 # What moves numbers about and does nothing to them: done to their positions, by the primitive itself.
 _MOVES = {
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "slice", "gather", "dynamic_slice",
-}  # fmt: skip
+    "broadcast_in_dim",
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "transpose",
+    "rev",
+    "slice",
+    "gather",
+    "dynamic_slice",
+}
 _IDENTITIES = {"stop_gradient", "copy", "copy_p", "reduce_precision", "optimization_barrier", "pvary"}
-_REDUCTIONS: dict[str, Any] = {
-    "reduce_sum": (np.add, 0), "reduce_prod": (np.multiply, 1), "reduce_max": ("max", None), "reduce_min": ("min", None),
-    "reduce_and": (np.logical_and, True), "reduce_or": (np.logical_or, False), "cumsum": (np.add, None), "cumprod": (np.multiply, None),
-}  # fmt: skip
+# Reductions by a NumPy function and what an empty one gives; cumulative ones.
+_REDUCTIONS: dict[str, tuple[Any, Any]] = {
+    "reduce_sum": (np.add, 0),
+    "reduce_prod": (np.multiply, 1),
+    "reduce_and": (np.logical_and, True),
+    "reduce_or": (np.logical_or, False),
+}
+_CUMULATIVE: dict[str, Any] = {"cumsum": np.add, "cumprod": np.multiply}
 _LARGE = 10**7  # beyond this an exponential is infinite, or 0
 
 
@@ -142,21 +155,39 @@ def _operations(mp: Any) -> dict[str, Callable[..., Any]]:
     def exponential(f: Any, low: int) -> Any:
         return lambda x: mp.mpf(low) if x < -_LARGE else inf if x > _LARGE else f(x)
 
-    unary = {
-        "exp": exponential(mp.exp, 0), "exp2": exponential(lambda x: mp.mpf(2) ** x, 0), "expm1": exponential(mp.expm1, -1),
-        "log": lambda x: -inf if x == 0 else mp.log(x), "log1p": lambda x: -inf if x == -1 else mp.log1p(x),
+    elementary = ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erf", "erfc")
+    unary = {name: getattr(mp, name) for name in elementary} | {
+        "exp": exponential(mp.exp, 0),
+        "exp2": exponential(lambda x: mp.mpf(2) ** x, 0),
+        "expm1": exponential(mp.expm1, -1),
+        "log": lambda x: -inf if x == 0 else mp.log(x),
+        "log1p": lambda x: -inf if x == -1 else mp.log1p(x),
         "logistic": lambda x: 1 / (1 + mp.exp(-x)) if abs(x) < _LARGE else mp.mpf(x > 0),
-        "tanh": lambda x: mp.tanh(x) if abs(x) < _LARGE else mp.sign(x), "sqrt": mp.sqrt, "rsqrt": lambda x: 1 / mp.sqrt(x),
-        "cbrt": lambda x: mp.sign(x) * mp.cbrt(abs(x)), "neg": lambda x: -x, "sign": mp.sign, "abs": abs, "square": lambda x: x * x,
-        "floor": lambda x: x if mp.isinf(x) else mp.floor(x), "ceil": lambda x: x if mp.isinf(x) else mp.ceil(x),
-        "erf": mp.erf, "erfc": mp.erfc, "lgamma": mp.loggamma, "digamma": mp.digamma,
-        **{n: getattr(mp, n) for n in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh")},
-    }  # fmt: skip
+        "tanh": lambda x: mp.tanh(x) if abs(x) < _LARGE else mp.sign(x),
+        "sqrt": mp.sqrt,
+        "rsqrt": lambda x: 1 / mp.sqrt(x),
+        "cbrt": lambda x: mp.sign(x) * mp.cbrt(abs(x)),
+        "neg": lambda x: -x,
+        "sign": mp.sign,
+        "abs": abs,
+        "square": lambda x: x * x,
+        "floor": lambda x: x if mp.isinf(x) else mp.floor(x),
+        "ceil": lambda x: x if mp.isinf(x) else mp.ceil(x),
+        "lgamma": mp.loggamma,
+        "digamma": mp.digamma,
+    }
     binary = {
-        "add": lambda a, b: a + b, "add_any": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-        "div": divide, "max": lambda a, b: max(a, b), "min": lambda a, b: min(a, b), "pow": lambda a, b: mp.power(a, b),
-        "atan2": mp.atan2, "rem": lambda a, b: mp.sign(a) * (abs(a) % abs(b)),
-    }  # fmt: skip
+        "add": operator.add,
+        "add_any": operator.add,
+        "sub": operator.sub,
+        "mul": operator.mul,
+        "div": divide,
+        "max": max,
+        "min": min,
+        "pow": mp.power,
+        "atan2": mp.atan2,
+        "rem": lambda a, b: mp.sign(a) * (abs(a) % abs(b)),
+    }
     compare = {
         "eq": np.equal,
         "ne": np.not_equal,
@@ -165,47 +196,55 @@ def _operations(mp: Any) -> dict[str, Callable[..., Any]]:
         "gt": np.greater,
         "ge": np.greater_equal,
     }
+    logic = {"and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": operator.invert}
+
+    def ignoring_parameters(f: Any) -> Any:
+        return lambda *arrays, **_: f(*arrays)
+
     table: dict[str, Any] = {name: _elementwise(real(f), 1) for name, f in unary.items()}
     table |= {name: _elementwise(real(f), 2) for name, f in binary.items()}
     table |= {name: lambda a, b, f=f, **_: np.asarray(f(a, b), bool) for name, f in compare.items()}
+    table |= {name: ignoring_parameters(f) for name, f in logic.items()}
     table |= {
-        "and": lambda a, b, **_: a & b,
-        "or": lambda a, b, **_: a | b,
-        "not": lambda a, **_: ~a,
-        "xor": lambda a, b, **_: a ^ b,
+        name: lambda a, axes, u=ufunc, start=start, **_: _reduce(u, start, a, axes)
+        for name, (ufunc, start) in _REDUCTIONS.items()
     }
-    table["is_finite"] = lambda a, **_: np.asarray(np.frompyfunc(mp.isfinite, 1, 1)(a), bool)
-    table["integer_pow"] = lambda a, y, **_: _elementwise(
-        real(lambda x: divide(mp.mpf(1), x**-y) if y < 0 else x**y), 1
-    )(a)
-    table["select_n"] = lambda which, *cases, **_: (
-        np.choose(np.broadcast_to(which.astype(int), cases[0].shape), cases) if cases[0].ndim else cases[int(which)]
-    )
-    table["clamp"] = lambda low, x, high, **_: table["max"](low, table["min"](x, high))
-    table["convert_element_type"] = _convert
-    table["concatenate"] = lambda *parts, dimension, **_: np.concatenate(parts, dimension)
-    table["iota"] = lambda *, dtype, shape, dimension, **_: numbers(
-        np.asarray(jax.lax.broadcasted_iota(dtype, shape, dimension))
-    )
-    table["dot_general"] = _dot
-    for name, (ufunc, start) in _REDUCTIONS.items():
-        if name.startswith("cum"):
-            table[name] = lambda a, axis, reverse, u=ufunc, **_: (
-                np.flip(u.accumulate(np.flip(a, axis), axis), axis) if reverse else u.accumulate(a, axis)
-            )
-        elif isinstance(ufunc, str):
-            table[name] = lambda a, axes, pick=table[ufunc], sign=-inf if ufunc == "max" else inf, **_: _fold(
-                pick, sign, a, axes
-            )
-        else:
-            table[name] = lambda a, axes, u=ufunc, s=start, **_: _reduce(u, s, a, axes)
-    table["argmax"] = lambda a, axes, **_: np.argmax(a, axes[0])
-    table["argmin"] = lambda a, axes, **_: np.argmin(a, axes[0])
-    return table
+    table |= {
+        name: lambda a, axis, reverse, u=u, **_: _accumulate(u, a, axis, reverse) for name, u in _CUMULATIVE.items()
+    }
+    return table | {
+        "reduce_max": lambda a, axes, **_: _fold(table["max"], -inf, a, axes),
+        "reduce_min": lambda a, axes, **_: _fold(table["min"], inf, a, axes),
+        "is_finite": lambda a, **_: np.asarray(np.frompyfunc(mp.isfinite, 1, 1)(a), bool),
+        "integer_pow": lambda a, y, **_: _elementwise(real(lambda x: divide(mp.mpf(1), x**-y) if y < 0 else x**y), 1)(
+            a
+        ),
+        "select_n": _select,
+        "clamp": lambda low, x, high, **_: table["max"](low, table["min"](x, high)),
+        "convert_element_type": _convert,
+        "concatenate": lambda *parts, dimension, **_: np.concatenate(parts, dimension),
+        "iota": lambda *, dtype, shape, dimension, **_: numbers(
+            np.asarray(jax.lax.broadcasted_iota(dtype, shape, dimension))
+        ),
+        "dot_general": _dot,
+        "argmax": lambda a, axes, **_: np.argmax(a, axes[0]),
+        "argmin": lambda a, axes, **_: np.argmin(a, axes[0]),
+    }
+
+
+def _select(which: np.ndarray, *cases: np.ndarray, **_: Any) -> np.ndarray:
+    if not cases[0].ndim:
+        return cases[int(which)]
+    which = np.broadcast_to(which.astype(int), cases[0].shape)
+    return np.where(which == 0, cases[0], cases[1]) if len(cases) == 2 else np.choose(which, cases)
+
+
+def _accumulate(ufunc: Any, a: np.ndarray, axis: int, reverse: bool) -> np.ndarray:
+    return np.flip(ufunc.accumulate(np.flip(a, axis), axis), axis) if reverse else ufunc.accumulate(a, axis)
 
 
 def _convert(a: np.ndarray, new_dtype: Any, **_: Any) -> np.ndarray:
-    if np.issubdtype(new_dtype, np.integer) or new_dtype == bool:
+    if np.issubdtype(new_dtype, np.integer) or new_dtype == np.bool_:
         return a.astype(float).astype(new_dtype) if a.dtype == object else a.astype(new_dtype)
     return a if a.dtype == object else numbers(a.astype(np.float64))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxact.verify import _exact
-from jaxact.verify._problem import Problem, compiled_products, ravel, unravel
+from jaxact.verify._problem import Problem, plain_products, ravel, unravel
 
 WORK = 600_000  # operations in mpmath that a Jacobian may take: a few seconds
 
@@ -46,15 +46,16 @@ class Layout(NamedTuple):
 Source = Callable[[np.ndarray], Jacobian]
 
 
-def autodiff(problem: Problem, f: Any, layout: Layout) -> Source:
-    """Autodiff in float64 of what `f` computes, its custom rules left out."""
+def autodiff(problem: Problem, f: Any, layout: Layout, signs: np.ndarray | None = None) -> Source:
+    """Autodiff in float64 of what `f` computes, its custom rules left out; with `signs`, rounded otherwise."""
 
     def products(mode: str, vectors: np.ndarray, x: np.ndarray) -> np.ndarray:
         shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
         with jax.enable_x64(True):
             parts = tuple(jnp.asarray(p) for p in unravel(vectors, shapes, np.float64))
             floats = tuple(jnp.asarray(leaf) for leaf in problem.leaves(x, np.float64))
-            return ravel(compiled_products(f, problem.spec, mode, "plain", floats, problem.others, parts))
+            noise = None if signs is None else jnp.asarray(signs)
+            return ravel(plain_products(f, problem.spec, mode, floats, problem.others, parts, noise))
 
     def at(x: np.ndarray) -> Jacobian:
         if layout.elementwise:
@@ -80,12 +81,11 @@ def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) 
     `pattern` says which entries may not be 0: columns without a row in common are found at once. The source gives nan
     where the function has a kink or a jump.
     """
-    if not layout.whole or importlib.util.find_spec("mpmath") is None:
+    program = _program(problem, f)
+    if not layout.whole or program is None:
         return None
-    with jax.enable_x64(True):
-        program = jax.make_jaxpr(problem.spec.of_floats(f, problem.others))(*problem.leaves(problem.x, np.float64))
     groups = [np.arange(problem.n)] if pattern is None else _independent_columns(pattern)
-    if 4 * len(groups) * _exact.work(program.jaxpr) > WORK:
+    if 5 * len(groups) * _exact.work(program.jaxpr) > WORK:
         return None
     digits = _DIGITS[problem.wide]
 
@@ -101,13 +101,11 @@ def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) 
             for group in groups:
                 moved = np.zeros(problem.n, object)
                 moved[group] = widths[group]
-                above, half, below = (
-                    _values(problem, program, numbers + moved * side, digits) - middle
-                    for side in (1, mpmath.mpf(1) / 2, -1)
-                )
+                half = moved / 2
+                steps = [_values(problem, program, numbers + v, digits) - middle for v in (moved, -moved, half, -half)]
                 for i in range(problem.m):
                     for j in [i] if pattern is None else group[pattern[i, group]]:
-                        slopes[j] = _slope(mpmath, above[i], half[i], below[i], widths[j])
+                        slopes[j] = _slope(mpmath, *(step[i] for step in steps), widths[j])
                         if pattern is not None:
                             matrix[i, j] = slopes[j]
         return layout.of_slopes(slopes) if pattern is None else layout.of_matrix(matrix)
@@ -119,6 +117,25 @@ def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) 
     return lambda x: here if x is problem.x else at(x)
 
 
+def exact_value(problem: Problem, f: Any) -> np.ndarray | None:
+    """What `f` computes, in mpmath; None where that is not possible."""
+    program = _program(problem, f)
+    if program is None or _exact.work(program.jaxpr) > WORK:
+        return None
+    try:
+        values = _values(problem, program, _exact.numbers(problem.x), _DIGITS[problem.wide])
+    except (_exact.NotSupported, OverflowError, MemoryError, TypeError):
+        return None
+    return np.array([float(y) for y in values])
+
+
+def _program(problem: Problem, f: Any) -> Any:
+    if importlib.util.find_spec("mpmath") is None:
+        return None
+    with jax.enable_x64(True):
+        return jax.make_jaxpr(problem.spec.of_floats(f, problem.others))(*problem.leaves(problem.x, np.float64))
+
+
 # Digits enough for the range of the arguments, the step, and derivatives down to the smallest number.
 _DIGITS = {False: 180, True: 720}
 
@@ -127,12 +144,19 @@ def _step(mpmath: Any, x: Any) -> Any:
     return mpmath.mpf(10) ** -40 * (abs(x) if 0 < abs(x) < 1 else 1)
 
 
-def _slope(mpmath: Any, above: Any, half: Any, below: Any, width: Any) -> float:
-    """The slope; nan at a kink or a jump, where one side or half the step gives another by more than curvature does."""
-    close = mpmath.mpf(10) ** -15 * (abs(above) + abs(below))
-    if mpmath.isfinite(above) and abs(above + below) <= close and abs(2 * half - above) <= close:
-        return float(above / width)
-    return float("nan")
+def _slope(mpmath: Any, above: Any, below: Any, half_above: Any, half_below: Any, width: Any) -> float:
+    """The slope, from what f changes by over a step and over half of it to both sides; nan at a kink or a jump."""
+    if not all(map(mpmath.isfinite, (above, below, half_above, half_below))):
+        return float("nan")
+    odd, even, small = (above - below) / 2, (above + below) / 2, mpmath.mpf(10) ** -15
+    half_odd, half_even = half_above - half_below, (half_above + half_below) / 2
+    # Of a smooth function the even part is curvature, and falls to a quarter; at a kink it falls to a half.
+    if abs(even) > small * abs(odd) and abs(half_even) > 0.3 * abs(even):
+        return float("nan")
+    if abs(half_odd - odd) <= small * abs(odd):
+        return float(odd / width)
+    # The odd part of an extremum is of third order; that of a jump does not fall at all.
+    return 0.0 if abs(half_odd) <= 0.3 * abs(odd) else float("nan")
 
 
 def _values(problem: Problem, program: Any, x: np.ndarray, digits: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 """What the derivative is, in float64, and how far that can be trusted: the ladder of oracles.
 
-From the top: an exact derivative that the user gives; a reference in mpmath; a reference in JAX, or what `f` computes itself,
-its custom rules left out. The last two are differentiated by autodiff in float64, held against differences with an error
-bar, and, where autodiff's own rounding is too large, by exact differences in mpmath. A reference in NumPy is what the
-differences are taken of.
+From the top: an exact derivative that the user gives; a reference in mpmath; a reference in JAX, or what `f` computes
+itself, its custom rules left out. The last two are differentiated by autodiff in float64, held against differences with
+an error bar, and, where autodiff's own rounding is too large, by exact differences in mpmath. A reference in NumPy is
+what the differences are taken of.
 """
 
 import dataclasses
@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxact.verify._differences import along
-from jaxact.verify._jacobian import Jacobian, Layout, Source, autodiff, call, exact, given, slope_in_mpmath
+from jaxact.verify._jacobian import (
+    Jacobian,
+    Layout,
+    Source,
+    autodiff,
+    call,
+    exact,
+    exact_value,
+    given,
+    slope_in_mpmath,
+)
 from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem, ravel, ravel_one, unravel
 
@@ -43,6 +53,7 @@ class Oracle:
     near: list[Jacobian]  # how the entries change when the inputs are off by the bound
     credible: np.ndarray  # outputs whose derivative the oracle knows
     doubt: str  # why not the others
+    autodiff: bool = True  # whether autodiff of what was differentiated agrees with its differences
 
     def index(self, mode: str) -> np.ndarray:
         return self.layout.rows if mode == "reverse" else self.layout.columns
@@ -75,7 +86,6 @@ def _find_oracle(
     program = reference if kind == "jax" else problem.f
     layout = Layout.diagonal(problem.n) if elementwise else _layout(problem, program, rng)
     source = autodiff(problem, program, layout)
-    shaken = [_nearby(problem.x, 2.0**-50, rng) for _ in range(2)]
     moved = [_nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
     if derivative is not None or kind == "mpmath":
         name = f"exact derivative, {_name(derivative)}" if derivative else f"reference in mpmath, {_name(reference)}"
@@ -88,33 +98,38 @@ def _find_oracle(
         why = f"what f computes cannot be differentiated in float64 ({type(error).__name__})"
         nothing = layout.of_matrix(np.zeros((problem.m, problem.n)))
         return Oracle(name, False, layout, nothing, nothing, [nothing], np.zeros(problem.m, bool), why)
-    error = jacobian.map(lambda j: 2.0**-50 * np.abs(j))
-    for x in shaken:
-        error = error.map(lambda e, j, k: e + 4 * np.abs(k - j), jacobian, source(x))
+    doubted = jacobian.map(lambda j: 2.0**-50 * np.abs(j))
+    for _ in range(3):
+        noisy = autodiff(problem, program, layout, rng.choice([-1.0, 1.0], 61))
+        doubted = doubted.map(lambda e, j, k: np.maximum(e, 4 * np.abs(k - j)), jacobian, noisy(problem.x))
     values = _numpy_values(problem, reference) if kind == "numpy" else _jax_values(problem, program)
-    credible, zero_error = _against_differences(problem, layout, jacobian, values, rng)
+    credible, zero_error = _against_differences(problem, layout, jacobian, doubted, values, rng)
     narrow = kind is None and _narrow_inside(problem)
-    unsure = error.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
+    unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
     if narrow or problem.wide or not credible.all() or any(u.any() for u in unsure) or _zero_rows(jacobian).any():
-        exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, credible, values))
+        exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, values))
         if exactly is not None:
             name = name.replace("in float64, by autodiff", "in mpmath") + (", in mpmath" if kind == "jax" else "")
-            return _exactly(problem, name, layout, exactly, moved)
+            oracle = _exactly(problem, name, layout, exactly, moved)
+            right = oracle.jacobian.map(
+                lambda j, k, e: np.abs(j - k) <= 2.0**-20 * np.abs(j) + 8 * e + 1e-300, jacobian, doubted
+            )
+            return dataclasses.replace(oracle, autodiff=all(r.all() for r in right))
     doubt = "" if credible.all() else "autodiff and differences of the oracle disagree, as at a kink or a jump"
     if narrow:
         doubt = "f computes in less than float64 inside, whatever its arguments"
-        error = error.map(lambda e, j: e + 2.0**-20 * np.abs(j), jacobian)
+        doubted = doubted.map(lambda e, j: e + 2.0**-20 * np.abs(j), jacobian)
     # A derivative that autodiff makes exactly 0 in all of a row may have cancelled: then differences are all there is.
     zero = _zero_rows(jacobian)
     if layout.elementwise:
-        error = layout.of_slopes(np.where(zero, zero_error, error.reverse))
+        doubted = layout.of_slopes(np.where(zero, zero_error, doubted.reverse))
     else:
-        error = Jacobian(np.where(zero[layout.rows][:, None], zero_error[layout.rows][:, None], error.reverse),
-                         np.where(zero[None, :], zero_error[None, :], error.forward))  # fmt: skip
+        doubted = Jacobian(np.where(zero[layout.rows][:, None], zero_error[layout.rows][:, None], doubted.reverse),
+                         np.where(zero[None, :], zero_error[None, :], doubted.forward))  # fmt: skip
     near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
     if kind == "numpy":
         name = f"reference in NumPy, {_name(reference)}, by differences, and what f computes, by autodiff"
-    return _finished(Oracle(name, False, layout, jacobian, error, near, credible, doubt))
+    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, doubt))
 
 
 def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved: list[np.ndarray]) -> Oracle:
@@ -159,19 +174,15 @@ def _layout(problem: Problem, f: Any, rng: np.random.Generator) -> Layout:
     return Layout.diagonal(problem.n)
 
 
-def _pattern(
-    problem: Problem, layout: Layout, jacobian: Jacobian, credible: np.ndarray, values: Any
-) -> np.ndarray | None:
+def _pattern(problem: Problem, layout: Layout, jacobian: Jacobian, values: Any) -> np.ndarray | None:
     """Which entries may not be 0; None where the Jacobian is diagonal."""
     if layout.elementwise or not layout.whole:
         return None
     pattern = (jacobian.reverse != 0) | _zero_rows(jacobian)[:, None]
-    if not credible.all():
-        # Autodiff may be wrong about these: which outputs change with which input?
-        steps = np.diag(np.where(problem.x == 0, 1.0, problem.x) * 2.0**-7)
-        moved = values(np.concatenate([problem.x + steps, problem.x - steps])) != values(problem.x[None])
-        pattern |= (moved[: problem.n] | moved[problem.n :]).T & ~credible[:, None]
-    return pattern
+    # Autodiff may have cancelled to 0, or be wrong: which outputs does a nan in an input reach?
+    spoilt = np.repeat(problem.x[None], problem.n, axis=0)
+    np.fill_diagonal(spoilt, np.nan)
+    return pattern | np.isnan(values(spoilt)).T
 
 
 def _zero_rows(jacobian: Jacobian) -> np.ndarray:
@@ -232,8 +243,14 @@ def _numpy_values(problem: Problem, reference: Any) -> Callable[[np.ndarray], np
 
 
 def reference_value(problem: Problem, reference: Any) -> np.ndarray | None:
-    """The reference's value in float64; None without a reference."""
-    return None if reference is None else _numpy_values(problem, reference)(problem.x[None])[0]
+    """The reference's value, of a program in JAX as mpmath has it; None without a reference."""
+    if reference is None:
+        return None
+    if _kind(problem, reference) == "jax":
+        value = exact_value(problem, reference)
+        if value is not None:
+            return value
+    return _numpy_values(problem, reference)(problem.x[None])[0]
 
 
 def _narrow_inside(problem: Problem) -> bool:
@@ -255,21 +272,21 @@ def _narrow_inside(problem: Problem) -> bool:
 
 
 def _against_differences(
-    problem: Problem, layout: Layout, jacobian: Jacobian, values: Any, rng: np.random.Generator
+    problem: Problem, layout: Layout, jacobian: Jacobian, doubted: Jacobian, values: Any, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which outputs' derivatives agree with differences in random directions, and how well those know a 0."""
     credible, zero_error = np.ones(problem.m, bool), np.zeros(problem.m)
     scale = np.where(problem.x == 0, 2.0**-10, np.abs(problem.x))[layout.columns]
     for _ in range(2):
         v = np.zeros(problem.n)
-        v[layout.columns] = scale * rng.choice([-1.0, 1.0], len(scale))
+        v[layout.columns] = scale * rng.choice([-1.0, 1.0], len(scale)) * rng.uniform(0.5, 1, len(scale))
         difference, bar = along(values, problem.x, v)
         with np.errstate(all="ignore"):
-            u, columns = v[layout.columns], jacobian.forward
-            expected = u * columns if columns.ndim == 1 else u @ columns
-            size = np.abs(u * columns) if columns.ndim == 1 else np.abs(u) @ np.abs(columns)
+            u, slack = v[layout.columns], np.abs(jacobian.forward) * 2.0**-36 + 8 * doubted.forward
+            expected = u * jacobian.forward if slack.ndim == 1 else u @ jacobian.forward
+            allowed = 8 * bar + (np.abs(u) * slack if slack.ndim == 1 else np.abs(u) @ slack)
             # Where the function is not finite around, differences say nothing.
-            credible &= (np.abs(difference - expected) <= 8 * bar + 2.0**-36 * size) | ~np.isfinite(difference)
+            credible &= (np.abs(difference - expected) <= allowed) | ~np.isfinite(difference)
             per_input = bar / (scale if layout.elementwise else scale.min())
         zero_error = np.maximum(zero_error, np.nan_to_num(per_input, nan=np.inf, posinf=np.inf))
     return credible, zero_error

@@ -1,9 +1,11 @@
 """A function without its custom derivative rules, so that autodiff differentiates what it computes."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 # The parameter that holds what a call computes.
@@ -29,7 +31,27 @@ def without_rules(f: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def perturbed(f: Callable[..., Any], signs: Any) -> Callable[..., Any]:
+    """`f` with the result of each operation off by a unit of float64 in the direction of the next of `signs`.
+
+    How far the result moves tells how much of it is rounding: Monte Carlo arithmetic.
+    """
+    count = itertools.count()
+
+    def nudge(y: Any) -> Any:
+        if not jnp.issubdtype(jnp.result_type(y), jnp.floating):
+            return y
+        return y * (1 + 2.0**-52 * signs[next(count) % len(signs)]).astype(y.dtype)
+
+    def moved(*args: Any) -> Any:
+        closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
+        flat = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), nudge)
+        return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+    return moved
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], after: Any = None) -> list[Any]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(v: Any) -> Any:
@@ -39,10 +61,11 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[An
         inputs = [read(v) for v in equation.invars]
         called = equation.params.get(_CALLS.get(equation.primitive.name, ""))
         if isinstance(called, ClosedJaxpr):
-            outputs = _evaluate(called.jaxpr, called.consts, inputs)
+            outputs = _evaluate(called.jaxpr, called.consts, inputs, after)
         else:
             outputs = equation.primitive.bind(*inputs, **{k: _strip(v) for k, v in equation.params.items()})
             outputs = outputs if equation.primitive.multiple_results else [outputs]
+            outputs = outputs if after is None else [after(y) for y in outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -55,8 +78,8 @@ def _strip(parameter: Any) -> Any:
     if hasattr(parameter, "eqns") and _has_rule(parameter):
         consts = getattr(parameter, "consts", ())
         jaxpr = getattr(parameter, "jaxpr", parameter)
-        stripped = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args))(*(v.aval for v in jaxpr.invars))
-        return stripped if isinstance(parameter, ClosedJaxpr) else stripped.jaxpr
+        closed = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args))(*(v.aval for v in jaxpr.invars))
+        return closed if isinstance(parameter, ClosedJaxpr) else closed.jaxpr
     return parameter
 
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from jax import Array, lax
 
-from jaxact.verify._primal import without_rules
+from jaxact.verify._primal import perturbed, without_rules
 
 Leaves = tuple[Array, ...]
 
@@ -103,7 +103,7 @@ class Problem:
         return ravel([part.astype(np.float64) for part in unravel(vectors, shapes)])
 
     def value(self, variant: str = "eager") -> np.ndarray:
-        """f's value, called plainly, or under `jit`, or under `vmap` over a batch of three, of which this is the second."""
+        """f's value, called plainly, or under `jit`, or as the second of a batch of three under `vmap`."""
         with self.precision():
             if variant == "eager":
                 return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
@@ -122,7 +122,8 @@ class Problem:
         with self.precision():
             flat = self.spec.of_floats(self.f, self.others)
             if mode == "reverse":
-                return ravel_one(jax.vjp(flat, *self.floats)[0])
+                value, _ = jax.vjp(flat, *self.floats)
+                return ravel_one(value)
             return ravel_one(jax.jvp(flat, self.floats, tuple(map(jnp.zeros_like, self.floats)))[0])
 
 
@@ -136,7 +137,7 @@ def _role(leaf: Any) -> Any:
 
 def _array(leaf: Any) -> Array:
     # A NumPy array of float64 is meant as such, whether or not JAX is set to have float64.
-    with jax.enable_x64(getattr(leaf, "dtype", None) == np.float64 or jax.config.jax_enable_x64):
+    with jax.enable_x64(getattr(leaf, "dtype", None) == np.float64 or jax.config.read("jax_enable_x64")):
         return jnp.asarray(leaf)
 
 
@@ -160,7 +161,7 @@ def ravel_one(leaves: Sequence[Any]) -> np.ndarray:
 
 
 def eager_products(f: Any, spec: Spec, mode: str, _: str, floats: Leaves, others: Leaves, vectors: Leaves) -> Any:
-    flat = spec.of_floats(f, others)
+    flat: Any = spec.of_floats(f, others)
     rows = [tuple(part[i] for part in vectors) for i in range(len(vectors[0]))]
     if mode == "reverse":
         _, pullback = jax.vjp(flat, *floats)
@@ -182,12 +183,7 @@ def compiled_value(f: Any, spec: Spec, batched: bool, floats: Leaves, others: Le
 def compiled_products(
     f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves
 ) -> Any:
-    """The products under jit, one after another; or under vmap over the arguments too; or of the checkpointed f.
-
-    `plain` is f without its custom rules, under vmap over the vectors alone.
-    """
-    if variant == "plain":
-        f = without_rules(f)
+    """The products under jit, one after another; or under vmap over the arguments too; or of the checkpointed f."""
     if variant == "remat":
         f = jax.checkpoint(f)
 
@@ -201,6 +197,19 @@ def compiled_products(
         doubled = tuple(jnp.repeat(v, 2, axis=0) for v in vectors)
         results = jax.vmap(lambda floats, vector: product(floats, others, vector))(copies, doubled)
         return tuple(r[::2] for r in results)
-    if variant == "plain":
-        return jax.vmap(lambda vector: product(floats, others, vector))(vectors)
     return lax.map(lambda vector: product(floats, others, vector), vectors)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def plain_products(
+    f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves, vectors: Leaves, signs: Array | None = None
+) -> Any:
+    """The products by autodiff of what `f` computes; with `signs`, each operation rounded otherwise."""
+
+    def product(floats: Leaves, vector: Leaves) -> Any:
+        flat: Any = spec.of_floats(without_rules(f), others)
+        return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
+
+    if signs is not None:
+        product = perturbed(product, signs)
+    return jax.vmap(lambda vector: product(floats, vector))(vectors)

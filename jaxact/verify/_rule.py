@@ -1,28 +1,12 @@
 """`rule`: is this derivative right?"""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from types import EllipsisType
 from typing import Any
 
-import jax
-import ml_dtypes
-import numpy as np
-
-from jaxact.verify import _diagnosis as diagnosis
-from jaxact.verify._compare import Verdicts, compare, mutants
-from jaxact.verify._contract import check_contract, first_line, is_missing_mode, same_types
-from jaxact.verify._edges import edge_points
-from jaxact.verify._oracle import Oracle, find_oracle, reference_value
-from jaxact.verify._primal import without_rules
-from jaxact.verify._problem import Problem
-from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report, verdict_of
-from jaxact.verify._residuals import residuals
-
-MODES = ("reverse", "forward")
-TRANSFORMS = ("jit", "vmap", "remat")
-ONE_HOT = 1024  # one-hot vectors at most
+from jaxact.verify._report import Report
+from jaxact.verify._session import MODES, TRANSFORMS, Session
 
 
 def rule(
@@ -43,16 +27,16 @@ def rule(
     Args:
         f: a function of arrays or pytrees, with custom rules or without.
         *args: example inputs. Float arrays and numbers are differentiated, in float64, float32, bfloat16 or float16 as
-            they come (a NumPy array of float64 is checked in float64 even where `jax_enable_x64` is off); integer arrays
-            are not, and other Python values are constants.
+            they come (a NumPy array of float64 is checked in float64 even where `jax_enable_x64` is off); integer
+            arrays are not, and other Python values are constants.
         reference: the same function in JAX, in float64 NumPy, or in mpmath for one number. Without it the reference is
             what `f` itself computes, in float64 and without its custom rules.
         derivative: the exact derivative, in JAX, NumPy or mpmath: the slopes of an elementwise function, or the
             Jacobians as `jax.jacobian` lays them out.
         modes: "auto" for those that `f` has, or "reverse", "forward" or both, which must then exist.
         order: check derivatives up to this order.
-        bound: k in |error| ≤ k·u·Σⱼ|Jᵢⱼ||gⱼ|, u the unit roundoff of the narrowest dtype. By default 8, to which is added
-            what inputs off by 8 u would change; in float64, where the oracle is in float64 too, 1024.
+        bound: k in |error| ≤ k·u·Σⱼ|Jᵢⱼ||gⱼ|, u the unit roundoff of the narrowest dtype. By default 8, to which is
+            added what inputs off by 8 u would change; in float64, where the oracle is in float64 too, 1024.
         transforms: under which to check beside plain calls: of "jit", "vmap", "remat".
         edges: for an elementwise function, where to check besides: ... for a sweep of all magnitudes and the special
             values; a dict from input to derivative; or None.
@@ -92,283 +76,8 @@ def rule(
         raise ValueError(f"bound must be positive and finite, got {bound}.")
     if not (edges is None or isinstance(edges, (dict, EllipsisType))):
         raise TypeError(f"edges must be a dict from input to derivative, ... or None, got {type(edges).__name__}.")
-    session = _Session(f, args, reference, derivative, wanted, order, bound, transforms, edges, directions, seed)
+    session = Session(f, args, reference, derivative, wanted, order, bound, transforms, edges, directions, seed)
     return session.run()
-
-
-@dataclasses.dataclass
-class _Session:
-    """One verification: what `rule` was called with, and what has been found so far."""
-
-    f: Any
-    args: tuple[Any, ...]
-    reference: Any
-    derivative: Any
-    wanted: tuple[str, ...]
-    order: int
-    given_bound: float | None
-    transforms: tuple[str, ...]
-    edges: Any
-    directions: int
-    seed: int
-    knows_value: bool = True  # whether the reference's value is accurate; that of a derivative need not be
-
-    def run(self) -> Report:
-        self.problem = problem = Problem(self.f, self.args)
-        self.subject = f"{_name(self.f)}({', '.join(map(_describe, jax.tree.leaves(self.args)))})"
-        if problem.n == 0 or problem.m == 0:
-            return Report(self.subject, INCONCLUSIVE, reasons=("there is no element to check",))
-        self.checks: list[Check] = []
-        self.reasons: list[str] = []
-        self.witness = ""
-        if not (self._formal() and self._find_modes()):
-            return Report(self.subject, REFUTED, tuple(self.checks), tuple(self.reasons))
-        self.rng = np.random.default_rng(self.seed)
-        self.bound = self.given_bound or 8.0
-        self.oracle = find_oracle(problem, self.reference, self.derivative, self.bound, self.rng)
-        if self.given_bound is None and problem.dtype == np.float64 and not self.oracle.exact:
-            self.bound = 1024.0
-        self.killed, self.made, self.smallest, self.points = 0, 0, math.inf, 0
-        self._primal()
-        self._power({mode: self._mode(mode) for mode in self.modes})
-        if verdict_of([c.verdict for c in self.checks]) != REFUTED:
-            self._edges()
-            if self.order > 1:
-                self._higher()
-        facts = {
-            "oracle": self.oracle.name,
-            "bound": f"{self.bound:g} u = {self.bound * problem.unit:.3g} of Σ|J||g| ({problem.dtype})"
-            + ("" if self.given_bound else f", and what inputs off by {self.bound:g} u explain"),
-            "products checked": self.points,
-            "modes": list(self.modes),
-            "residual bytes": residuals(self.f, *self.args).facts["bytes"]
-            if "reverse" in self.modes
-            else "no reverse mode",
-            "power": f"{self.killed} of {self.made} mutants refuted; sees a relative error of {self.smallest:.2g}",
-            "seed": self.seed,
-        }
-        verdict = verdict_of([c.verdict for c in self.checks])
-        return Report(self.subject, verdict, tuple(self.checks), tuple(self.reasons), facts, self.witness)
-
-    def _formal(self) -> bool:
-        formal = check_contract(self.problem, leaks=False)
-        self.checks.append(Check("contract", formal.verdict, "; ".join(formal.reasons) or "shapes, dtypes and trees"))
-        self.reasons += formal.reasons
-        return formal.verdict != REFUTED
-
-    def _find_modes(self) -> bool:
-        """Finds the modes that `f` has; whether there is one, all wanted ones are there, and no rule raises an error."""
-        present = []
-        for mode in MODES:
-            try:
-                self.problem.products(
-                    mode, "eager", np.zeros((1, self.problem.m if mode == "reverse" else self.problem.n))
-                )
-                present.append(mode)
-            except Exception as error:
-                why = f"{type(error).__name__}: {first_line(error)}"
-                missing = is_missing_mode(error) and mode not in self.wanted
-                self.checks.append(Check(mode, "absent" if missing else REFUTED, why))
-                if not missing:
-                    self.reasons.append(f"{mode} mode: {why}")
-        self.modes = tuple(m for m in present if not self.wanted or m in self.wanted)
-        if not present and not self.reasons:
-            self.reasons.append("f has neither reverse nor forward mode")
-        return not self.reasons
-
-    def _primal(self) -> None:
-        """The value: of the rules' forward passes and under transformations that of f, and f's that of the reference."""
-        problem = self.problem
-        value = problem.value()
-        conditioning = 0.0
-        if self.given_bound is None and self.oracle.layout.whole:
-            conditioning = problem.unit * self.oracle.product("forward", np.abs(problem.x)[None]).size[0]
-        tiny = float(ml_dtypes.finfo(problem.dtype).smallest_normal)
-        allowed = self.bound * (problem.unit * np.abs(value) + conditioning) + 4 * tiny
-        others = {f"the {mode} rule's own primal": problem.primal_of(mode) for mode in self.modes}
-        for variant in set(self.transforms) & {"jit", "vmap"}:
-            try:
-                others[f"f under {variant}"] = problem.value(variant)
-            except Exception as error:
-                self.reasons.append(f"f raises {type(error).__name__} under {variant}")
-        exact = reference_value(problem, self.reference) if self.knows_value and self.oracle.layout.whole else None
-        if exact is not None:
-            others["the reference"] = exact
-        for name, other in sorted(others.items()):
-            wrong = ~_close(other, value, allowed)
-            if wrong.any():
-                i = int(np.argmax(wrong))
-                self.reasons.append(f"{name} is {other[i]:.6g} where f is {value[i]:.6g} (output {i})")
-        if self.reasons:
-            self.checks.append(Check("primal", REFUTED, "; ".join(self.reasons)))
-        else:
-            whose = "and the reference agree" if exact is not None else "agree"
-            self.checks.append(Check("primal", VERIFIED, f"f, its rules' forward passes {whose}"))
-
-    def _mode(self, mode: str) -> tuple[np.ndarray, Verdicts]:
-        problem, oracle = self.problem, self.oracle
-        dense, one_hot = self._vectors(mode)
-        every = np.concatenate([dense, one_hot])
-        self.points += len(every)
-        found: dict[str, Verdicts] = {}
-        for variant in ("eager", *self.transforms):
-            vectors = every if variant == "jit" else dense
-            try:
-                got = problem.products(mode, variant, vectors)
-            except Exception as error:
-                self.checks.append(Check(f"{mode}, {variant}", REFUTED, f"{type(error).__name__}: {first_line(error)}"))
-                self.reasons.append(f"{mode} mode raises {type(error).__name__} {_under(variant)}")
-                continue
-            found[variant] = compare(problem, oracle, mode, vectors, got, self.bound, self.given_bound is not None)
-        main = found.get("jit") or compare(
-            problem,
-            oracle,
-            mode,
-            every,
-            problem.products(mode, "eager", every),
-            self.bound,
-            self.given_bound is not None,
-        )
-        for variant, verdicts in found.items():
-            self._judge(mode, variant, verdicts, len(verdicts.got))
-        self._explain(mode, found, every, len(dense))
-        return every, main
-
-    def _judge(self, mode: str, variant: str, verdicts: Verdicts, count: int) -> None:
-        name, size = f"{mode}, {variant}", verdicts.wrong.shape[1]
-        open_ones, doubtful = int(verdicts.unresolved.any(0).sum()), int((~self.oracle.credible).sum())
-        if verdicts.wrong.any():
-            wrong = int(verdicts.wrong.any(0).sum())
-            self.checks.append(Check(name, REFUTED, f"{wrong} of {size} elements are off in {count} products"))
-        elif open_ones or doubtful:
-            unknown = f"{open_ones} of {size} elements" if open_ones else f"{doubtful} of {self.problem.m} outputs"
-            self.checks.append(Check(name, INCONCLUSIVE, f"the oracle does not know {unknown}"))
-            why = self.oracle.doubt or "its own error is not well below the bound"
-            if not any(r.startswith("the oracle does not know") for r in self.reasons):
-                self.reasons.append(f"the oracle does not know {unknown}: {why}; give reference= or derivative=")
-        else:
-            worst = verdicts.worst_in_units(self.problem.unit)
-            self.checks.append(
-                Check(name, VERIFIED, f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|")
-            )
-
-    def _explain(self, mode: str, found: dict[str, Verdicts], vectors: np.ndarray, dense: int) -> None:
-        """A sentence on what is wrong in a mode: with the rule, or with one way of calling it."""
-        plain = [v for v in ("jit", "eager") if v in found]
-        apart = [v for v in found if found[v].wrong.any()]
-        if not apart:
-            return
-        right = [v for v in ("eager", "jit") if v in found and not found[v].wrong[:dense].any()]
-        if right and any(found[v].wrong[:dense].any() for v in apart):
-            variant = next(v for v in apart if found[v].wrong[:dense].any())
-            self.reasons.append(f"right {_under(right[0])}, wrong {_under(variant)} ({mode} mode)")
-        else:
-            variant = next(v for v in (*plain, *apart) if v in apart)
-        verdicts = found[variant]
-        c, i = verdicts.worst(vectors[: len(verdicts.got)])
-        if not right or variant == "jit":
-            self.reasons.append(
-                diagnosis.explain(self.problem, self.oracle, mode, vectors[: len(verdicts.got)], verdicts, c, i)
-            )
-        if not self.witness:
-            self.witness = diagnosis.witness(self.problem, self.oracle, mode, vectors[c], verdicts, c, i)
-
-    def _vectors(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """Random directions, of several sizes and with an offset, and zero; and one-hot ones."""
-        problem = self.problem
-        shapes, size = (problem.out_shapes, problem.m) if mode == "reverse" else (problem.in_shapes, problem.n)
-        known = np.zeros(size, bool)
-        known[self.oracle.index(mode)] = True
-        if mode == "reverse":
-            known &= self.oracle.credible
-        normal = self.rng.normal(size=(self.directions, size))
-        big = 64.0 if problem.dtype == np.float16 else 4096.0
-        dense = np.concatenate([normal, 1000 + normal[:1], -normal[:1], big * normal[:1], 0 * normal[:1]])
-        where = np.flatnonzero(known)
-        if len(where) > ONE_HOT:
-            where = np.sort(self.rng.choice(where, ONE_HOT, replace=False))
-        one_hot = np.zeros((len(where), size))
-        one_hot[np.arange(len(where)), where] = 1
-        return problem.rounded(dense * known, shapes), one_hot
-
-    def _power(self, results: dict[str, tuple[np.ndarray, Verdicts]]) -> None:
-        survivors = []
-        for mode, (vectors, verdicts) in results.items():
-            strict = self.given_bound is not None
-            for name, mutant in mutants(self.problem, self.oracle, mode, vectors, verdicts, self.bound).items():
-                seen = compare(
-                    self.problem, self.oracle, mode, vectors, mutant, self.bound, strict, verdicts.product
-                ).wrong.any()
-                self.made, self.killed = self.made + 1, self.killed + bool(seen)
-                if not seen:
-                    survivors.append(f"{name} ({mode})")
-            with np.errstate(all="ignore"):
-                relative = verdicts.allowed / np.abs(verdicts.product.want)
-            self.smallest = min(self.smallest, float(np.nanmin(np.where(verdicts.unresolved, np.inf, relative))))
-        shapes = self.problem.in_shapes
-        other = np.dtype(np.float16 if shapes[0][1] != np.float16 else np.float32)
-        self.made, self.killed = (
-            self.made + 1,
-            self.killed + (not same_types([(shapes[0][0], other), *shapes[1:]], shapes)),
-        )
-        constant = not any(np.any(v.product.want) for _, v in results.values())
-        if survivors or (self.made == 1 and not constant):
-            detail = (
-                f"{len(survivors)} of {self.made} mutants survive: {', '.join(survivors)}"
-                if survivors
-                else "no mutant could be made"
-            )
-            self.checks.append(Check("power", INCONCLUSIVE, detail))
-            self.reasons.append(f"the check cannot fail: {detail}")
-        else:
-            detail = f"{self.killed} of {self.made} mutants refuted" + (
-                ", all that a zero derivative has" if constant else ""
-            )
-            self.checks.append(Check("power", VERIFIED, detail))
-
-    def _edges(self) -> None:
-        if self.edges is None or not self.oracle.layout.elementwise:
-            return
-        given = self.edges if isinstance(self.edges, dict) else {}
-        self.checks.append(edge_points(self, given))
-        if self.checks[-1].verdict == REFUTED:
-            self.reasons.append(self.checks[-1].detail)
-
-    def _higher(self) -> None:
-        """The same for the derivative along a fixed vector, as a function of the arguments."""
-        mode = self.modes[0]
-        shapes, size = (
-            (self.problem.out_shapes, self.problem.m) if mode == "reverse" else (self.problem.in_shapes, self.problem.n)
-        )
-        vector = self.problem.rounded(self.rng.normal(size=(1, size)), shapes)
-        ours = diagnosis.derivative_along(self.problem, self.problem.f, mode, vector, None)
-        theirs = self.reference if self.oracle.name.startswith("reference in JAX") else self.problem.f
-        exact = diagnosis.derivative_along(self.problem, without_rules(theirs), mode, vector, np.float64)
-        transforms = tuple(t for t in self.transforms if t == "jit")
-        report = _Session(
-            ours,
-            self.args,
-            exact,
-            None,
-            (),
-            self.order - 1,
-            self.given_bound,
-            transforms,
-            None,
-            self.directions,
-            self.seed,
-            False,
-        ).run()
-        worst = next((c.detail for c in report.checks if c.verdict == report.verdict), "")
-        self.checks.append(
-            Check(f"order {self.order}" if self.order == 2 else f"orders 2 to {self.order}", report.verdict, worst)
-        )
-        self.reasons += [f"second derivative: {r}" for r in report.reasons]
-
-
-def _close(a: np.ndarray, b: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return (np.abs(a - b) <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))
 
 
 def _wanted_modes(modes: Any) -> tuple[str, ...]:
@@ -378,17 +87,3 @@ def _wanted_modes(modes: Any) -> tuple[str, ...]:
     if not wanted or set(wanted) - set(MODES):
         raise ValueError(f'modes must be "auto" or of {MODES}, got {modes!r}.')
     return wanted
-
-
-def _under(variant: str) -> str:
-    return "when eager" if variant == "eager" else f"under {variant}"
-
-
-def _name(f: Any) -> str:
-    return getattr(f, "__name__", None) or type(f).__name__
-
-
-def _describe(leaf: Any) -> str:
-    if not hasattr(leaf, "dtype"):
-        return repr(leaf)
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, np.shape(leaf)))}]"

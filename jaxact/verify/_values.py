@@ -39,9 +39,9 @@ def values(
         progress: print a progress bar to stderr.
 
     Returns:
-        A `Report` with the largest, the mean and the 99.9 % error, the worst input, counts for each region and a histogram
-        in `facts`. Results below the smallest normal number are right if they are below it too, since XLA flushes
-        them to 0; nan must meet nan, and an infinity the same infinity.
+        A `Report` with the largest, the mean and the 99.9 % error, the worst input, counts for each region and a
+        histogram in `facts`. Results below the smallest normal number are right if they are below it too, since XLA
+        flushes them to 0; nan must meet nan, and an infinity the same infinity.
 
     Raises:
         TypeError: if `dtype` is not a float type.
@@ -64,13 +64,12 @@ def values(
         raise ValueError(f"{dtype} has too many values to visit: points must be an array.")
     total = 2 ** (8 * dtype.itemsize) if everything else np.size(points)
     blocks = _all(dtype) if everything else _given(np.asarray(points).astype(dtype).ravel())
-    with jax.enable_x64(dtype.itemsize > 4):
-        statistics = _Statistics(f, reference, dtype)
-        with ThreadPoolExecutor(2) as pool:  # NumPy and XLA release the interpreter's lock
-            for done, block in enumerate(pool.map(statistics.of_block, blocks), start=1):
-                statistics.add(*block)
-                if progress:
-                    _show(done * BLOCK / total, statistics.worst)
+    statistics = _Statistics(f, reference, dtype)
+    with ThreadPoolExecutor(2) as pool:  # NumPy and XLA release the interpreter's lock
+        for done, block in enumerate(pool.map(statistics.of_block, blocks), start=1):
+            statistics.add(*block)
+            if progress:
+                _show(done * BLOCK / total, statistics.worst)
     return statistics.report(getattr(f, "__name__", "f"), bound)
 
 
@@ -90,13 +89,15 @@ class _Statistics:
 
     def __init__(self, f: Any, reference: Any, dtype: np.dtype):
         self.f, self.reference, self.dtype = jax.jit(f), reference, dtype
-        self.worst, self.at, self.sum = -1.0, {}, 0.0
+        self.worst, self.sum = -1.0, 0.0
+        self.at: dict[str, float] = {}
         self.regions = {"normal": 0, "subnormal": 0, "special": 0}
         self.bins = np.zeros(len(BINS) + 1, int)
         self.fine = np.zeros(4096, int)  # of log2(error), for the quantile
 
     def of_block(self, x: np.ndarray) -> Any:
-        got = np.asarray(self.f(x))
+        with jax.enable_x64(self.dtype.itemsize > 4):  # here: the setting belongs to a thread
+            got = np.asarray(self.f(x))
         if got.dtype != self.dtype or got.shape != x.shape:
             raise TypeError(f"f must be elementwise and keep the dtype {self.dtype}, got {got.dtype}{list(got.shape)}.")
         with np.errstate(all="ignore"):
@@ -136,16 +137,14 @@ class _Statistics:
         }  # fmt: skip
         if not count:
             return Report(name, INCONCLUSIVE, reasons=("there is no input to check",), facts=facts)
-        verdict = VERIFIED if self.worst <= bound else REFUTED
-        reasons = () if verdict == VERIFIED else (
-            f"at x = {self.at['input']!r} f is {self.at['got']:.9g} where {self.at['expected']:.9g} is exact: {self.worst:.4g} ulp",
-        )  # fmt: skip
         detail = f"max {self.worst:.4g}, mean {facts['mean ulp']:.3g} ulp over {count} inputs"
-        witness = "" if verdict == VERIFIED else (
-            f"import jax, jax.numpy as jnp\njax.jit(f)(jnp.array({self.at['input']!r}, jnp.{self.dtype.name}))"
-            f"  # {self.at['got']:.9g}, should be {self.at['expected']:.9g}"
-        )  # fmt: skip
-        return Report(name, verdict, (Check("values", verdict, detail),), reasons, facts, witness)
+        if self.worst <= bound:
+            return Report(name, VERIFIED, (Check("values", VERIFIED, detail),), facts=facts)
+        x, got, exact = (self.at[k] for k in ("input", "got", "expected"))
+        reason = f"at x = {x!r} f is {got:.9g} where {exact:.9g} is exact: {self.worst:.4g} ulp"
+        call = f"jax.jit(f)(jnp.array({x!r}, jnp.{self.dtype.name}))  # {got:.9g}, should be {exact:.9g}"
+        witness = f"import jax, jax.numpy as jnp\n{call}"
+        return Report(name, REFUTED, (Check("values", REFUTED, detail),), (reason,), facts, witness)
 
 
 def ulp_errors(got: np.ndarray, want: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:

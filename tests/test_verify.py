@@ -1,0 +1,357 @@
+"""The verifier on a corpus of right and wrong rules, on jaxact's own, and on itself."""
+
+import functools
+import json
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import corpus
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import oracles
+import pytest
+
+import jaxact
+from jaxact import verify
+
+# The corpus. Each case is compiled in every mode and under every transformation, so that a third of the cases is what a
+# default run has time for; the rest are visited with --exhaustive.
+
+
+def cases(of: list[corpus.Case]) -> Any:
+    return [
+        pytest.param(case, id=case.name, marks=[] if i % 3 == 0 else [pytest.mark.exhaustive])
+        for i, case in enumerate(of)
+    ]
+
+
+def check(case: corpus.Case, **options: Any) -> verify.Report:
+    return verify.rule(case.f, *case.args, reference=case.reference, edges=case.edges, **options)
+
+
+@pytest.mark.parametrize("case", cases(corpus.WRONG))
+def test_a_wrong_rule_is_refuted(case: corpus.Case) -> None:
+    report = check(case)
+    assert report.verdict == "refuted", str(report)
+    assert report.reasons
+    with pytest.raises(verify.Refuted, match="refuted"):
+        report.raise_if_not_ok()
+
+
+@pytest.mark.parametrize("case", cases(corpus.WRONG_AT_ORDER_2))
+def test_a_wrong_second_derivative_is_refuted_at_order_2(case: corpus.Case) -> None:
+    assert check(case, order=2).verdict == "refuted"
+
+
+@pytest.mark.parametrize("case", cases(corpus.RIGHT))
+def test_a_right_rule_is_verified_and_every_mutant_refuted(case: corpus.Case) -> None:
+    report = check(case)
+    if case.name == "empty":
+        assert (report.verdict, report.reasons) == ("inconclusive", ("there is no element to check",))
+        return
+    assert report.verdict == "verified", str(report)
+    report.raise_if_not_ok()
+    killed, _, made, *_ = report.facts["power"].split()
+    assert killed == made, str(report)
+
+
+# The verifier's own failures.
+
+
+@pytest.mark.parametrize("f", [jaxact.sigmoid, jaxact.softmax])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_blinded_verifier_is_caught(f: Any, dtype: str) -> None:
+    x = jnp.asarray(np.linspace(-3, 3, 12).reshape(3, 4), dtype)
+    assert verify.rule(f, x).verdict == "verified"
+    report = verify.rule(f, x, bound=8e6)
+    assert report.verdict == "inconclusive"
+    assert "the check cannot fail" in report.reasons[0]
+
+
+def test_an_oracle_that_does_not_know_is_inconclusive() -> None:
+    # At 0 the two sides of |x| have different slopes. Whatever a rule says there, nobody can verify it.
+    report = verify.rule(jnp.abs, jnp.array([-1.0, 0.0, 2.0]))
+    assert report.verdict == "inconclusive"
+    assert "the oracle does not know" in report.reasons[0]
+
+
+def test_a_false_zero_of_the_oracle_convicts_nobody() -> None:
+    # In float64 1 − tanh² is 0 beyond 19, and the true slope of this sigmoid is not. In mpmath it is what it is.
+    @jaxact.forward_mode
+    @jax.custom_vjp
+    def half_tanh(x: Any) -> Any:
+        return 0.5 * (jnp.tanh(x / 2) + 1)
+
+    half_tanh.defvjp(
+        lambda x: (half_tanh(x), x), lambda x, g: (g * jax.vjp(jaxact.sigmoid, x)[1](jnp.ones_like(x))[0],)
+    )
+    report = verify.rule(half_tanh, jnp.array([-3.0, 1.0, 50.0, 80.0]), edges=None)
+    assert report.verdict == "verified", str(report)
+    assert "mpmath" in report.facts["oracle"]
+
+
+def test_two_runs_print_the_same_report_and_leave_the_configuration_alone() -> None:
+    x = jnp.linspace(-4.0, 4.0, 7)
+    before = jax.config.values.copy()
+    texts = [str(verify.rule(jaxact.softplus, x, order=2, seed=3)) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert jax.config.values == before
+    assert texts[0] != str(verify.rule(jaxact.softplus, x, order=2, seed=4))
+
+
+# References and derivatives of every kind.
+
+X = np.float32(np.linspace(-20, 20, 11))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"reference": oracles.sigmoid},
+        {"reference": lambda x: 1 / (1 + mpmath.exp(-x))},
+        {"reference": lambda x: 0.5 * (1 + jnp.tanh(x / 2))},
+        {"derivative": oracles.sigmoid_1},
+        {"derivative": lambda x: mpmath.exp(-x) / (1 + mpmath.exp(-x)) ** 2},
+        {"derivative": lambda x: np.diag(oracles.sigmoid_1(x))},
+    ],
+    ids=["numpy", "mpmath", "jax", "numpy slopes", "mpmath slopes", "numpy jacobian"],
+)
+def test_references(how: dict[str, Any]) -> None:
+    right = verify.rule(jaxact.sigmoid, X, edges=None, **how)
+    assert right.verdict == "verified", str(right)
+    assert verify.rule(jax.nn.sigmoid, X, edges=None, **how).verdict == "refuted"
+    wrong_value = verify.rule(lambda x: jaxact.sigmoid(x) * 1.001, X, edges=None, **how)
+    assert wrong_value.verdict == "refuted", str(wrong_value)
+
+
+def test_edges() -> None:
+    x = jnp.array([0.5, 1.5])
+    assert verify.rule(jaxact.softplus, x, edges={-np.inf: 0.0, np.inf: 1.0, 0.0: 0.5, np.nan: np.nan}).ok
+    report = verify.rule(jaxact.softplus, x, edges={0.0: 0.25})
+    assert report.verdict == "refuted"
+    assert "at the edge x = 0.0" in report.reasons[0]
+    # Away from the arguments, where the sweep looks.
+    assert "at x = " in verify.rule(jax.nn.sigmoid, x).reasons[0]
+
+
+def test_modes() -> None:
+    @jax.custom_vjp
+    def square(x: Any) -> Any:
+        return x * x
+
+    square.defvjp(lambda x: (x * x, x), lambda x, g: (2 * x * g,))
+    x = jnp.array([1.0, 2.0])
+    report = verify.rule(square, x)
+    assert report.ok
+    assert {c.name: c.verdict for c in report.checks}["forward"] == "absent"
+    assert verify.rule(square, x, modes=("reverse", "forward")).verdict == "refuted"
+    assert verify.rule(square, x, modes="reverse").facts["modes"] == ["reverse"]
+
+
+# What an author is told.
+
+
+def test_messages() -> None:
+    x = jnp.linspace(-2.0, 2.0, 5)
+
+    def with_backward(backward: Any, f: Any = jnp.sin) -> Any:
+        g = jax.custom_vjp(lambda x: f(x))
+        g.defvjp(lambda x: (f(x), x), lambda x, g: (backward(x, g),))
+        return g
+
+    def first(f: Any, x: Any = x) -> str:
+        return verify.rule(f, x, edges=None).reasons[0]
+
+    assert first(with_backward(lambda x, g: 0 * g)) == "the backward rule returns 0 everywhere"
+    assert first(with_backward(lambda x, g: -g * jnp.cos(x))) == "the backward rule has the wrong sign"
+    assert first(with_backward(lambda x, g: 2 * g * jnp.cos(x))) == "the backward rule is off by the factor 2"
+    assert "not linear: for a cotangent of 0" in first(with_backward(lambda x, g: g * jnp.cos(x) + 1))
+    assert "returns nan" in first(with_backward(lambda x, g: g * jnp.cos(x) + jnp.nan))
+    a = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    assert "transposed" in first(with_backward(lambda x, g: a @ g, lambda x: a @ x), jnp.array([1.0, -2.0]))
+    y = jnp.array([1.0, 0.0, 0.5])
+    dropped = with_backward(lambda x, g: g * jax.nn.softmax(x) * (1 - jax.nn.softmax(x)), jax.nn.softmax)
+    assert "a sum is missing" in first(dropped, y)
+
+    def fooled(x: Any, g: Any) -> Any:
+        return g * jnp.cos(x) * (2 if isinstance(x, jax.core.Tracer) else 1)
+
+    assert "right when eager, wrong under jit" in first(with_backward(fooled))
+
+
+def test_the_witness_can_be_pasted() -> None:
+    report = verify.rule(jax.nn.sigmoid, jnp.array([17.0, 1.0]))
+    scope: dict[str, Any] = {"f": jax.nn.sigmoid}
+    *setup, last = report.witness.splitlines()
+    exec("\n".join(setup), scope)
+    expression, comment = last.split("  # ")
+    got = float(np.asarray(eval(expression, scope)).item())
+    assert f"{got:.6g}, should be 4.13994e-08" == comment
+
+
+# The other checks.
+
+
+def test_values() -> None:
+    report = verify.values(jaxact.sigmoid, oracles.sigmoid, dtype=jnp.bfloat16, bound=0.51)
+    assert report.ok
+    assert report.facts["inputs"] == sum(report.facts["regions"].values()) == sum(report.facts["histogram"].values())
+    assert report.facts["max ulp"] <= 0.51
+    wrong = verify.values(lambda x: jnp.where(x == 3, 0, jaxact.sigmoid(x)), oracles.sigmoid, dtype=jnp.float16)
+    assert wrong.verdict == "refuted"
+    assert wrong.facts["worst"]["input"] == 3.0
+    points = np.random.default_rng(0).normal(size=1000) * 30
+    assert verify.values(jaxact.softplus, oracles.softplus, dtype=np.float32, points=points, bound=3).ok
+    exact = verify.values(
+        jaxact.softplus, lambda x: mpmath.log1p(mpmath.exp(x)), dtype=np.float64, points=points[:50], bound=4
+    )
+    assert exact.ok
+    assert verify.values(jaxact.sigmoid, oracles.sigmoid, dtype=np.float32, points=[]).verdict == "inconclusive"
+    with pytest.raises(ValueError, match="points must be"):
+        verify.values(jaxact.sigmoid, oracles.sigmoid, dtype=np.float32)
+    with pytest.raises(TypeError, match="dtype must be a float type, got int32"):
+        verify.values(jaxact.sigmoid, oracles.sigmoid, dtype=np.int32)
+
+
+def test_the_ulp_of_values_at_the_ends_of_the_range() -> None:
+    def at(got: list[float], want: list[float]) -> list[float]:
+        from jaxact.verify._values import ulp_errors
+
+        return ulp_errors(np.array(got, np.float32), np.array(want), np.float32)[0].tolist()
+
+    inf, nan, tiny = np.inf, np.nan, 2.0**-126
+    assert at([1.0, 1 + 2.0**-23, 0.5], [1.0, 1.0, 0.5 - 2.0**-26]) == [0.0, 1.0, 0.5]
+    assert at([0.0, tiny, 1.0], [tiny / 4, tiny / 2, tiny / 2]) == [0.0, 0.0, inf]
+    assert at([inf, -inf, nan, nan, 1.0], [1e39, inf, nan, 1.0, nan]) == [0.0, inf, 0.0, inf, inf]
+
+
+def test_contract() -> None:
+    assert verify.contract(jax.nn.relu, jnp.ones((2, 3), jnp.bfloat16)).ok
+    shape = jax.custom_vjp(lambda x: x * 2)
+    shape.defvjp(lambda x: (x * 2, None), lambda _, g: (g.sum(),))
+    assert verify.contract(shape, jnp.ones(3)).verdict == "refuted"
+    primal = jax.custom_jvp(lambda x: x * 2)
+    primal.defjvp(lambda p, t: (p[0].sum() * 2, t[0].sum() * 2))
+    assert verify.contract(primal, jnp.ones(3)).verdict == "refuted"
+    leaked = []
+
+    @jax.custom_jvp
+    def leaky(x: Any) -> Any:
+        return jnp.sin(x)
+
+    @leaky.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        leaked.append(jnp.cos(primals[0]))
+        return jnp.sin(primals[0]), tangents[0] * leaked[-1]
+
+    assert verify.contract(leaky, jnp.ones(3)).verdict == "refuted"
+
+
+def test_residuals() -> None:
+    x = jnp.ones((4, 8))
+    assert verify.residuals(jaxact.softmax, x, max_bytes=128).ok
+    report = verify.residuals(lambda x: jnp.sin(jaxact.softmax(x)), x, max_bytes=128)
+    assert report.verdict == "refuted"
+    assert report.facts["bytes"] == 256
+    (own,) = verify.residuals(jaxact.sigmoid, x).checks
+    assert "an argument" in own.detail
+
+
+def test_reports() -> None:
+    report = verify.rule(jax.nn.sigmoid, jnp.array([17.0]))
+    assert json.loads(report.to_json())["verdict"] == "refuted"
+    assert report.to_markdown().startswith("### `sigmoid(float32[1])`: refuted")
+    assert "| reverse, jit | refuted |" in report.to_markdown()
+
+
+def test_bad_arguments() -> None:
+    x = jnp.ones(3)
+    with pytest.raises(TypeError, match="args must contain a float array"):
+        verify.rule(jnp.sin, 1)
+    with pytest.raises(TypeError, match="f must return a float array"):
+        verify.rule(jnp.argmax, x)
+    with pytest.raises(ValueError, match="modes must be"):
+        verify.rule(jnp.sin, x, modes="backward")
+    with pytest.raises(ValueError, match="transforms must be of"):
+        verify.rule(jnp.sin, x, transforms=("pmap",))
+    with pytest.raises(ValueError, match="order and directions must be at least 1"):
+        verify.rule(jnp.sin, x, order=0)
+    with pytest.raises(ValueError, match="bound must be positive"):
+        verify.rule(jnp.sin, x, bound=-1)
+    with pytest.raises(TypeError, match="edges must be"):
+        verify.rule(jnp.sin, x, edges=3)
+    with pytest.raises(ValueError, match="derivative must return"):
+        verify.rule(jnp.sum, x, derivative=lambda x: np.ones(2))
+
+
+# jaxact's own rules.
+
+# As the textbook has them. What they lose in float64 they do not lose in mpmath, where the verifier evaluates them.
+TEXTBOOK: dict[str, Any] = {
+    "sigmoid": lambda x: 1 / (1 + jnp.exp(-x)),
+    "log_sigmoid": lambda x: -jnp.log(1 + jnp.exp(-x)),
+    "softplus": lambda x: jnp.log(1 + jnp.exp(x)),
+    "logit": lambda p: jnp.log(p / (1 - p)),
+    "softmax": lambda x: jnp.exp(x) / jnp.sum(jnp.exp(x), -1, keepdims=True),
+    "log_softmax": lambda x: x - jnp.log(jnp.sum(jnp.exp(x), -1, keepdims=True)),
+    "logsumexp": lambda x: jnp.log(jnp.sum(jnp.exp(x), -1)),
+}
+POINTS = {"logit": np.linspace(0.015, 0.975, 9)} | dict.fromkeys(
+    ["sigmoid", "log_sigmoid", "softplus"], np.linspace(-30, 30, 9)
+)
+ROWS = np.array([[30.0, 0, -5], [1, 2, 3], [0.5, 0, -80]])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", TEXTBOOK)
+def test_jaxact_is_verified(name: str, dtype: str) -> None:
+    f, x = getattr(jaxact, name), POINTS.get(name, ROWS)
+    if name == "logsumexp":
+        f = functools.partial(f, axis=-1)
+    report = verify.rule(f, x if dtype == "float64" else jnp.asarray(x, dtype), reference=TEXTBOOK[name])
+    assert report.verdict == "verified", str(report)
+    assert report.facts["modes"] == ["reverse", "forward"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", TEXTBOOK)
+def test_second_derivatives_are_verified(name: str, dtype: str) -> None:
+    f, x = getattr(jaxact, name), POINTS.get(name, np.array([[8.0, 0, -5], [1, 2, 3], [0.5, 0, -80]]))
+    x = x if dtype == "float64" else jnp.asarray(x, dtype)
+    # The second derivative of a softmax has products of three probabilities, of 6 u each, in sums: 32 u. Elementwise
+    # functions need no more than the default.
+    bound = None if name in POINTS else 32.0
+    f = functools.partial(f, axis=-1) if name == "logsumexp" else f
+    report = verify.rule(f, x, reference=TEXTBOOK[name], order=2, bound=bound, transforms=("jit",), edges=None)
+    assert report.verdict == "verified", str(report)
+
+
+def test_rules_on_eight_devices() -> None:
+    program = """
+        import jax, jax.numpy as jnp, numpy as np, jaxact
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from jaxact import verify
+        assert len(jax.devices()) == 8
+        mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)) * 5, jnp.float32)
+        x = jax.device_put(x, NamedSharding(mesh, P("rows", "classes")))
+        for f in (jaxact.sigmoid, jaxact.softplus, jaxact.softmax, jaxact.log_softmax, lambda x: jaxact.logsumexp(x, -1)):
+            verify.rule(f, x, edges=None).raise_if_not_ok()
+        print("verified")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": ":".join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "verified", done.stderr[-2000:]
