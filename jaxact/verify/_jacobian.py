@@ -105,7 +105,8 @@ def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) 
                 steps = [_values(problem, program, numbers + v, digits) - middle for v in (moved, -moved, half, -half)]
                 for i in range(problem.m):
                     for j in [i] if pattern is None else group[pattern[i, group]]:
-                        slopes[j] = _slope(mpmath, *(step[i] for step in steps), widths[j])
+                        rounding = (1 + abs(middle[i])) * mpmath.mpf(10) ** (20 - digits)
+                        slopes[j] = _slope(mpmath, *(step[i] for step in steps), widths[j], rounding)
                         if pattern is not None:
                             matrix[i, j] = slopes[j]
         return layout.of_slopes(slopes) if pattern is None else layout.of_matrix(matrix)
@@ -144,7 +145,7 @@ def _step(mpmath: Any, x: Any) -> Any:
     return mpmath.mpf(10) ** -40 * (abs(x) if 0 < abs(x) < 1 else 1)
 
 
-def _slope(mpmath: Any, above: Any, below: Any, half_above: Any, half_below: Any, width: Any) -> float:
+def _slope(mpmath: Any, above: Any, below: Any, half_above: Any, half_below: Any, width: Any, rounding: Any) -> float:
     """The slope, from what f changes by over a step and over half of it to both sides; nan at a kink or a jump."""
     if not all(map(mpmath.isfinite, (above, below, half_above, half_below))):
         return float("nan")
@@ -155,7 +156,9 @@ def _slope(mpmath: Any, above: Any, below: Any, half_above: Any, half_below: Any
         return float("nan")
     if abs(half_odd - odd) <= small * abs(odd):
         return float(odd / width)
-    # The odd part of an extremum is of third order; that of a jump does not fall at all.
+    # The odd part of an extremum is of third order, or rounding; that of a jump does not fall at all.
+    if abs(odd) <= rounding:
+        return 0.0
     return 0.0 if abs(half_odd) <= 0.3 * abs(odd) else float("nan")
 
 
