@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def test_the_table_was_found() -> None:
 
 
 def test_every_example_runs() -> None:
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         if "flax" in block:
             pytest.importorskip(
@@ -43,6 +44,16 @@ def test_every_example_runs() -> None:
         if "equinox" in block:
             pytest.importorskip("equinox", reason="as above")
         exec(block, names)
+    # What the section on verifying says is printed; the figures in a verified report, and whether float64 was
+    # enough for the oracle, are those of one compiler.
+    printed = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    missing, cancelled, mended = (names[n] for n in ("missing", "cancelled", "mended"))
+    assert printed[0].splitlines() == [missing.reasons[0], *missing.witness.splitlines()]
+    assert printed[1].splitlines() == [cancelled.reasons[0]]
+    without_figures = [
+        re.sub(r"[\d.]+ u·|in float64, by autodiff|in mpmath", "", text) for text in (printed[2].rstrip(), str(mended))
+    ]
+    assert without_figures[0] == without_figures[1]
 
 
 def test_import_is_light() -> None:

@@ -190,7 +190,7 @@ def test_the_witness_can_be_pasted() -> None:
     exec("\n".join(setup), scope)
     expression, comment = last.split("  # ")
     got = float(np.asarray(eval(expression, scope)).item())
-    assert f"{got:.6g}, should be 4.13994e-08" == comment
+    assert f"{got:.5g}, should be 4.1399e-08" == comment
 
 
 # The other checks.
@@ -311,7 +311,8 @@ ROWS = np.array([[30.0, 0, -5], [1, 2, 3], [0.5, 0, -80]])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", TEXTBOOK)
 def test_jaxact_is_verified(name: str, dtype: str) -> None:
-    f, x = getattr(jaxact, name), POINTS.get(name, ROWS)
+    f: Any = getattr(jaxact, name)
+    x: Any = POINTS.get(name, ROWS)
     if name == "logsumexp":
         f = functools.partial(f, axis=-1)
     x = x if dtype == "float64" else jnp.asarray(x, dtype)
@@ -325,7 +326,9 @@ def test_jaxact_is_verified(name: str, dtype: str) -> None:
     ("name", "dtype"), [(name, "float32") for name in TEXTBOOK] + [(name, "float64") for name in POINTS]
 )
 def test_second_derivatives_are_verified(name: str, dtype: str) -> None:
-    f, x = getattr(jaxact, name), POINTS.get(name, np.array([[8.0, 0, -5], [1, 2, 3], [0.5, 0, -80]]))
+    f: Any = getattr(jaxact, name)
+    # Of rows more dominated than 1/u² the second derivative of a product is not accurate where XLA contracts it.
+    x: Any = POINTS.get(name, np.array([[8.0, 0, -5], [1, 2, 3], [0.5, 0, -80]]))
     x = x if dtype == "float64" else jnp.asarray(x, dtype)
     # The second derivative of a softmax has products of three probabilities, of 6 u each, in sums: 32 u. Elementwise
     # functions need no more than the default.

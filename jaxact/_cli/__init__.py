@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from jaxact._cli import converge
+from jaxact._cli import converge, verify
 
-COMMANDS = {"converge": converge}
+COMMANDS = {"converge": converge, "verify": verify}
 
 
 class _Parser(argparse.ArgumentParser):

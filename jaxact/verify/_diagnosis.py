@@ -29,7 +29,8 @@ def explain(
         return f"the {which} rule returns 0 everywhere"
     with np.errstate(all="ignore"):
         ratio = got[live] / want[live]
-    if live.any() and np.allclose(ratio, ratio[0], rtol=max(1e-4, 64 * problem.unit)):
+    blurred = max(1e-4, 64 * problem.unit)
+    if live.any() and abs(ratio[0] - 1) > 4 * blurred and np.allclose(ratio, ratio[0], rtol=blurred):
         return (
             f"the {which} rule has the wrong sign"
             if abs(ratio[0] + 1) < 0.01
@@ -49,7 +50,14 @@ def explain(
         if oracle.layout.elementwise and abs(abs(problem.value()[i]) - 1) < 1e-6:
             reason += "; 1 − f(x) has cancelled"
         return reason
-    return f"the {which} rule returns {g:.6g} where the derivative is {w:.6g} ({at}; {_fraction(verdicts)})"
+    came, due = apart(g, w)
+    return f"the {which} rule returns {came} where the derivative is {due} ({at}; {_fraction(verdicts)})"
+
+
+def apart(a: float, b: float) -> tuple[str, str]:
+    """Two numbers with as many digits as it takes to tell them apart."""
+    texts = ((f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in (5, 7, 9, 17))
+    return next((pair for pair in texts if pair[0] != pair[1]), (repr(a), repr(b)))
 
 
 def _same(got: np.ndarray, other: np.ndarray, verdicts: Verdicts) -> bool:
@@ -71,14 +79,14 @@ def _fraction(verdicts: Verdicts) -> str:
 
 def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, verdicts: Verdicts, c: int, i: int) -> str:
     """Lines for a REPL. An elementwise function is shown at the one input, others at the arguments as given."""
-    got, want = verdicts.got[c, i], verdicts.product.want[c, i]
+    came, due = apart(verdicts.got[c, i], verdicts.product.want[c, i])
     dtype = np.dtype(problem.dtype).name
     lines = ["import jax, jax.numpy as jnp"]
     if oracle.layout.elementwise and vector[i] != 0:
         v = f"jnp.array([{float(vector[i])!r}], jnp.{dtype})"
         array = f"jnp.array([{float(problem.x[i])!r}], jnp.{dtype})"
         call = f"jax.vjp(f, {array})[1]({v})[0]" if mode == "reverse" else f"jax.jvp(f, ({array},), ({v},))[1]"
-        return "\n".join([*lines, f"{call}  # {got:.6g}, should be {want:.6g}"])
+        return "\n".join([*lines, f"{call}  # {came}, should be {due}"])
     shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
     hot = np.flatnonzero(vector)
     if len(hot) == 1 and len(shapes) == 1:
@@ -96,7 +104,7 @@ def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, ver
         lines.append(f"product = jax.vjp(f, *args)[1]({v})")
     else:
         lines.append(f"product = jax.jvp(f, args, {v if v.startswith('jax') else f'({v},)'})[1]")
-    return "\n".join([*lines, f"{tail}  # {got:.6g}, should be {want:.6g}"])
+    return "\n".join([*lines, f"{tail}  # {came}, should be {due}"])
 
 
 def _place(shapes: Any, i: int) -> tuple[int, int]:

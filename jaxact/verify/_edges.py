@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxact.verify._compare import compare
+from jaxact.verify._diagnosis import apart
 from jaxact.verify._oracle import find_oracle
 from jaxact.verify._problem import Problem
 from jaxact.verify._report import REFUTED, VERIFIED, Check
@@ -55,9 +56,7 @@ def edge_points(session: Any, given: dict[float, float]) -> Check:
         verdicts = compare(problem, oracle, mode, vectors, got, session.bound, session.given_bound is not None)
         if verdicts.wrong.any():
             i = int(np.argmax(verdicts.wrong[0]))
-            want = verdicts.product.want[0, i]
-            return Check(
-                "edges", REFUTED, f"at x = {x[i]}, {mode} mode gives {got[0, i]:.6g} where the derivative is {want:.6g}"
-            )
+            came, due = apart(got[0, i], verdicts.product.want[0, i])
+            return Check("edges", REFUTED, f"at x = {x[i]}, {mode} mode gives {came} where the derivative is {due}")
         known = int((~verdicts.unresolved[0] & oracle.credible).sum())
     return Check("edges", VERIFIED, f"{known} of a sweep of {len(x)} inputs from {x.min():.3g} to {x.max():.3g}")

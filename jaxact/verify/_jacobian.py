@@ -106,7 +106,8 @@ def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) 
                 for i in range(problem.m):
                     for j in [i] if pattern is None else group[pattern[i, group]]:
                         rounding = (1 + abs(middle[i])) * mpmath.mpf(10) ** (20 - digits)
-                        slopes[j] = _slope(mpmath, *(step[i] for step in steps), widths[j], rounding)
+                        changes = [step[i] for step in steps]
+                        slopes[j] = _slope(mpmath, changes, widths[j], rounding)
                         if pattern is not None:
                             matrix[i, j] = slopes[j]
         return layout.of_slopes(slopes) if pattern is None else layout.of_matrix(matrix)
@@ -145,21 +146,20 @@ def _step(mpmath: Any, x: Any) -> Any:
     return mpmath.mpf(10) ** -40 * (abs(x) if 0 < abs(x) < 1 else 1)
 
 
-def _slope(mpmath: Any, above: Any, below: Any, half_above: Any, half_below: Any, width: Any, rounding: Any) -> float:
+def _slope(mpmath: Any, changes: list[Any], width: Any, rounding: Any) -> float:
     """The slope, from what f changes by over a step and over half of it to both sides; nan at a kink or a jump."""
-    if not all(map(mpmath.isfinite, (above, below, half_above, half_below))):
+    above, below, half_above, half_below = changes
+    if not all(map(mpmath.isfinite, changes)):
         return float("nan")
     odd, even, small = (above - below) / 2, (above + below) / 2, mpmath.mpf(10) ** -15
     half_odd, half_even = half_above - half_below, (half_above + half_below) / 2
     # Of a smooth function the even part is curvature, and falls to a quarter; at a kink it falls to a half.
-    if abs(even) > small * abs(odd) and abs(half_even) > 0.3 * abs(even):
+    if abs(even) > small * abs(odd) and abs(even) > rounding and abs(half_even) > 0.3 * abs(even):
         return float("nan")
     if abs(half_odd - odd) <= small * abs(odd):
         return float(odd / width)
     # The odd part of an extremum is of third order, or rounding; that of a jump does not fall at all.
-    if abs(odd) <= rounding:
-        return 0.0
-    return 0.0 if abs(half_odd) <= 0.3 * abs(odd) else float("nan")
+    return 0.0 if abs(odd) <= rounding or abs(half_odd) <= 0.3 * abs(odd) else float("nan")
 
 
 def _values(problem: Problem, program: Any, x: np.ndarray, digits: int) -> np.ndarray:

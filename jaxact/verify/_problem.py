@@ -22,6 +22,7 @@ class Spec:
 
     tree: Any
     roles: tuple[Any, ...]  # of each leaf: "float", "other", or ("static", the Python value)
+    rules: tuple[Any, ...]  # of the function: it may be given others
 
     def split(self, leaves: Sequence[Any]) -> tuple[Leaves, Leaves]:
         by_role = list(zip(leaves, self.roles, strict=True))
@@ -48,7 +49,7 @@ class Problem:
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...]):
         leaves, tree = jax.tree.flatten(args)
         self.f = f
-        self.spec = Spec(tree, tuple(map(_role, leaves)))
+        self.spec = Spec(tree, tuple(map(_role, leaves)), _rules(f))
         as_arrays = [
             leaf if isinstance(role, tuple) else _array(leaf)
             for leaf, role in zip(leaves, self.spec.roles, strict=True)
@@ -125,6 +126,11 @@ class Problem:
                 value, _ = jax.vjp(flat, *self.floats)
                 return ravel_one(value)
             return ravel_one(jax.jvp(flat, self.floats, tuple(map(jnp.zeros_like, self.floats)))[0])
+
+
+def _rules(f: Any) -> tuple[Any, ...]:
+    own = tuple(rule for rule in (getattr(f, name, None) for name in ("fwd", "bwd", "jvp")) if rule is not None)
+    return own + (_rules(f.__wrapped__) if hasattr(f, "__wrapped__") else ())
 
 
 def _role(leaf: Any) -> Any:

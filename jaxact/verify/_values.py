@@ -1,6 +1,5 @@
 """`values`: how far a function's values are off, over every input of a 16-bit type, or over any inputs."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,8 @@ from jaxact.verify._jacobian import call
 from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report
 
 BLOCK = 2**18  # inputs at a time: their float64 temporaries stay in the cache
-BINS = [0.5, 1, 2, 4, 8, 16, math.inf]  # of the histogram: errors up to so many ulp
+BINS = [0.5, 1, 2, 4, 8, 16]  # of the histogram: errors up to so many ulp
+PER_OCTAVE, LOW, HIGH = 64, -32 * 64, 64 * 64  # what is counted while it runs: errors by their logarithm
 
 
 def values(
@@ -92,8 +92,8 @@ class _Statistics:
         self.worst, self.sum = -1.0, 0.0
         self.at: dict[str, float] = {}
         self.regions = {"normal": 0, "subnormal": 0, "special": 0}
-        self.bins = np.zeros(len(BINS) + 1, int)
-        self.fine = np.zeros(4096, int)  # of log2(error), for the quantile
+        self.counts = np.zeros(HIGH - LOW + 1, int)  # of errors in (2^((k−1)/64), 2^(k/64)] ulp
+        self.infinite = 0
 
     def of_block(self, x: np.ndarray) -> Any:
         with jax.enable_x64(self.dtype.itemsize > 4):  # here: the setting belongs to a thread
@@ -114,27 +114,34 @@ class _Statistics:
                 float(error[i]),
                 {"input": float(x[i]), "got": float(got[i]), "expected": float(want[i])},
             )
-        for k, name in enumerate(self.regions):
-            self.regions[name] += int((region == k).sum())
-        normal = error[(region == 0) & np.isfinite(error)]
-        self.sum += float(normal.sum())
-        self.bins += np.bincount(np.searchsorted(BINS, error), minlength=len(BINS) + 1)
+        for name, number in zip(self.regions, np.bincount(region, minlength=3), strict=True):
+            self.regions[name] += int(number)
+        finite = error if error[i] < np.inf else error[error < np.inf]
+        self.infinite += len(error) - len(finite)
+        self.sum += float(finite.sum())
         with np.errstate(divide="ignore"):
-            place = np.clip((np.log2(normal) + 32) * 64, 0, 4095).astype(int)
-        self.fine += np.bincount(place, minlength=4096)
+            octaves = np.log2(finite.astype(np.float32))
+        place = np.clip(np.ceil(octaves * PER_OCTAVE), LOW, HIGH).astype(int) - LOW
+        place = np.clip(np.ceil(octaves * PER_OCTAVE), LOW, HIGH).astype(int) - LOW
+        self.counts += np.bincount(place, minlength=HIGH - LOW + 1)
 
     def report(self, name: str, bound: float) -> Report:
         count = sum(self.regions.values())
-        normal = max(1, int(self.fine.sum()))
-        quantile = 2.0 ** (np.searchsorted(np.cumsum(self.fine), 0.999 * normal) / 64 - 32 + 1 / 64) if count else 0.0
-        labels = [f"≤ {b:g} ulp" for b in BINS[:-1]] + ["more"]
-        histogram = dict(
-            zip(labels, [*self.bins[: len(BINS) - 1].tolist(), int(self.bins[len(BINS) - 1 :].sum())], strict=True)
-        )
+        below = np.cumsum(self.counts)
+        quantile = 2.0 ** ((np.searchsorted(below, 0.999 * count) + LOW) / PER_OCTAVE) if count else 0.0
+        upto = [int(below[int(np.log2(b) * PER_OCTAVE) - LOW]) for b in BINS]
+        numbers = np.diff([0, *upto, count]).tolist()
+        histogram = dict(zip([f"≤ {b:g} ulp" for b in BINS] + ["more"], numbers, strict=True))
         facts = {
-            "inputs": count, "max ulp": self.worst, "mean ulp": self.sum / normal, "99.9 % ulp": float(quantile),
-            "worst": self.at, "regions": self.regions, "histogram": histogram, "bound": f"{bound:g} ulp ({self.dtype})",
-        }  # fmt: skip
+            "inputs": count,
+            "max ulp": self.worst,
+            "mean ulp": self.sum / max(1, count - self.infinite),
+            "99.9 % ulp": float(quantile),
+            "worst": self.at,
+            "regions": self.regions,
+            "histogram": histogram,
+            "bound": f"{bound:g} ulp ({self.dtype})",
+        }
         if not count:
             return Report(name, INCONCLUSIVE, reasons=("there is no input to check",), facts=facts)
         detail = f"max {self.worst:.4g}, mean {facts['mean ulp']:.3g} ulp over {count} inputs"
@@ -150,16 +157,27 @@ class _Statistics:
 def ulp_errors(got: np.ndarray, want: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """|got − want| in spacings of the dtype at `want`, and the region of `want`: 0 normal, 1 subnormal, 2 special."""
     info = ml_dtypes.finfo(dtype)
-    tiny, largest = float(info.smallest_normal), float(info.max)
     with np.errstate(all="ignore"):
         got = got.astype(np.float64)
-        error = np.abs(got - want) / np.ldexp(1.0, np.frexp(want)[1] - 1 - info.nmant)
-        subnormal, special = np.abs(want) < tiny, ~(np.abs(want) <= largest)
-        rounded = want.astype(dtype).astype(np.float64)
-    error = np.where(subnormal, np.where(np.abs(got) <= tiny, 0.0, np.inf), error)
-    same = (got == rounded) | (np.isnan(got) & np.isnan(want))
-    error = np.where(special, np.where(same, 0.0, np.inf), error)
-    return np.where(np.isnan(error), np.inf, error), np.where(special, 2, np.where(subnormal, 1, 0))
+        # One over the spacing is a power of 2, made from the exponent's bits.
+        exponent = np.clip(((want.view(np.int64) >> 52) & 0x7FF) - 1023, info.minexp, 1023)
+        error = np.abs(got - want) * ((info.nmant - exponent + 1023) << 52).view(np.float64)
+        size = np.abs(want)
+        outside = ~((size >= float(info.smallest_normal)) & (size <= float(info.max)) & (error < np.inf))
+        region = np.zeros(want.shape, np.int8)
+        if outside.any():
+            error[outside], region[outside] = _outside(got[outside], want[outside], error[outside], info, dtype)
+    return error, region
+
+
+def _outside(got: np.ndarray, want: np.ndarray, error: np.ndarray, info: Any, dtype: Any) -> tuple[Any, Any]:
+    """The same where the exact result is not a normal number, or nan has come."""
+    tiny, size = float(info.smallest_normal), np.abs(want)
+    subnormal, special = size < tiny, ~(size <= float(info.max))
+    rounded = want.astype(dtype).astype(np.float64)
+    same = (got == rounded) | (np.isnan(got) & np.isnan(want)) | (subnormal & (np.abs(got) <= tiny))
+    error = np.where(same, 0.0, np.where(subnormal | special | ~(error < np.inf), np.inf, error))
+    return error, np.where(special, 2, np.where(subnormal, 1, 0))
 
 
 def _show(done: float, worst: float) -> None:

@@ -1,0 +1,273 @@
+"""`verify`: is every derivative rule of jaxact right, and is yours?"""
+
+import argparse
+import functools
+import importlib
+import json
+import operator
+import platform
+import re
+import sys
+import time
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxact._cli._converge_report import _plain, _version
+from jaxact._cli.converge import _make_directory, _positive, _whole
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxact._cli._verify_subjects import Subject
+    from jaxact.verify import Report
+
+SUMMARY = "Verify the derivative rules of jaxact, or of a function of yours, against an exact oracle."
+NAMES = (
+    "sigmoid", "log_sigmoid", "softplus", "logit", "softmax", "log_softmax", "logsumexp", "weighted_logsumexp",
+    "softmax_with_temperature", "masked_softmax",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "order": 1,
+    "seed": 0,
+    "scale": 1.0,
+}  # of the options for a function of the user's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    order, seed = functools.partial(_whole, 1, 4), functools.partial(_whole, 0, 2**32 - 1)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all); or module:function, yours")
+    add("--exhaustive", action="store_true", default=None, help="values at all 2³² float32 inputs too: minutes")
+    add("--out", type=Path, metavar="DIR", help="for the results (default: verify)")
+    yours = parser.add_argument_group("for module:function, at normal random numbers")
+    add = yours.add_argument
+    add("--shape", type=_shape, action="append", metavar="N,N", help="such as 8,128; repeat for further arguments")
+    add("--dtype", choices=DTYPES, help=f"default: {DEFAULTS['dtype']}")
+    add("--order", type=order, metavar="N", help=f"of derivatives, up to it (default: {DEFAULTS['order']})")
+    add("--seed", type=seed, metavar="N", help=f"default: {DEFAULTS['seed']}")
+    add("--scale", type=_positive, metavar="FACTOR", help=f"of the random numbers (default: {DEFAULTS['scale']:g})")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*|", text):
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between, such as 8,128, got {text!r}")
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 if all is verified, 1 if not."""
+    own = [name for name in arguments.names if ":" in name]
+    if own:
+        return _run_own(arguments, own[0])
+    for option in ("shape", *DEFAULTS):
+        if getattr(arguments, option) is not None:
+            raise ArgumentError(None, f"--{option} needs module:function.")
+    unknown = [name for name in arguments.names if name not in NAMES]
+    if unknown:
+        choices = ", ".join(NAMES)
+        raise ArgumentError(None, f"there is no function {unknown[0]!r} to verify: choose from {choices}.")
+    _require("mpmath", "rich", "matplotlib")
+    out = arguments.out or Path("verify")
+    _make_directory(out)
+    from rich.console import Console
+
+    from jaxact._cli._verify_subjects import SUBJECTS
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    subjects = {name: SUBJECTS[name] for name in NAMES if name in arguments.names or not arguments.names}
+    if sys.stdout.isatty():
+        reports, rows = _live(subjects, console)
+    else:
+        reports, rows = [], []
+        for found, row in _verified(subjects):
+            reports += found
+            rows.append(row)
+            console.print("  ".join(row), soft_wrap=True)
+    if arguments.exhaustive:
+        reports += _exhaustively(subjects, console)
+    written = _write(reports, rows, out)
+    for report in reports:
+        if not report.ok:
+            console.print(f"{report}", soft_wrap=True)
+    count = {v: sum(r.verdict == v for r in reports) for v in ("verified", "refuted", "inconclusive")}
+    numbers = ", ".join(f"{n} {verdict}" for verdict, n in count.items())
+    console.print(f"{len(reports)} checks: {numbers}; written to {out}: {', '.join(written)}.", soft_wrap=True)
+    return int(count["verified"] < len(reports))
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            reason = str(error).removesuffix(".")
+            what = f"cannot import {package} ({reason}): pip install 'jaxact[demo,verify]'."
+            raise ArgumentError(None, what) from None
+
+
+def _run_own(arguments: argparse.Namespace, name: str) -> int:
+    """A function of the user's, at random numbers."""
+    if len(arguments.names) > 1:
+        raise ArgumentError(None, f"{name!r} must be the only NAME.")
+    for option in ("exhaustive", "out"):
+        if getattr(arguments, option) is not None:
+            raise ArgumentError(None, f"--{option} is for jaxact's functions, not for module:function.")
+    if not arguments.shape:
+        raise ArgumentError(None, "module:function needs --shape.")
+    _require("mpmath")
+    f = _imported(name)
+    from jaxact import verify
+    from jaxact._cli._verify_subjects import DTYPES as TYPES
+
+    given = {option: getattr(arguments, option) for option in DEFAULTS}
+    options = DEFAULTS | {option: value for option, value in given.items() if value is not None}
+    dtype, scale = TYPES[options["dtype"]], options["scale"]
+    try:
+        rng = np.random.default_rng(options["seed"])
+        args = [np.asarray(scale * rng.normal(size=shape)).astype(dtype) for shape in arguments.shape]
+        report = verify.rule(f, *args, order=options["order"], seed=options["seed"])
+    except Exception as error:
+        raise ArgumentError(None, f"cannot verify {name}: {_sentence(error)}.") from None
+    print(report)
+    return int(not report.ok)
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, path = name.partition(":")
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise ArgumentError(None, f"cannot import {module or 'a module without a name'}: {_sentence(error)}.") from None
+    try:
+        f = operator.attrgetter(path)(found)
+    except AttributeError:
+        raise ArgumentError(None, f"{module} has no {path!r}.") from None
+    if not callable(f):
+        raise ArgumentError(None, f"{name} is not callable: it is of type {type(f).__name__}.")
+    return f
+
+
+def _sentence(error: Exception) -> str:
+    """An error of the user's code in one line."""
+    text = (str(error).strip() or "no message").splitlines()[0].removesuffix(".")
+    return f"{type(error).__name__}: {text}"
+
+
+Row = tuple[str, ...]
+COLUMNS = ("function", "dtype", "verdict", "modes", "worst u", "max ulp", "mutants", "s", "oracle")
+LEGEND = "worst u: the largest error of a product, in u·Σ|J||g|; max ulp: of the values at every input of the dtype"
+
+
+def _verified(subjects: dict[str, "Subject"]) -> Iterator[tuple[list["Report"], Row]]:
+    """Reports on one function in one dtype, and their row in the table."""
+    for name, subject in subjects.items():
+        for dtype in DTYPES:
+            start = time.perf_counter()
+            rule = subject.rule(dtype)
+            every = subject.every_value(dtype) if dtype in ("bfloat16", "float16") else None
+            reports = [rule, *([every] if every else [])]
+            yield reports, _row(name, dtype, rule, every, time.perf_counter() - start)
+
+
+def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds: float) -> Row:
+    verdicts = [rule.verdict, *([every.verdict] if every else [])]
+    verdict = next(v for v in ("refuted", "inconclusive", "verified") if v in verdicts)
+    modes = rule.facts.get("modes", [])
+    errors = [float(e) for check in rule.checks for e in re.findall(r"off by ([\d.]+) u", check.detail)]
+    return (
+        name,
+        dtype,
+        verdict,
+        "both" if len(modes) == 2 else " ".join(modes) or "–",
+        f"{max(errors):.2f}" if errors else "–",
+        f"{every.facts['max ulp']:.3f}" if every else "–",
+        rule.facts.get("power", "–").partition(" mutants")[0].replace(" of ", "/"),
+        f"{seconds:.1f}",
+        rule.facts.get("oracle", "–"),
+    )
+
+
+def _table(rows: list[Row], width: int) -> "Table":
+    """Without the oracle where the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+
+    shown = COLUMNS if width >= 120 else COLUMNS[:-1]
+    table = Table(*shown, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "right" if column.header in ("worst u", "max ulp", "mutants", "s") else "left"
+    table.columns[0].max_width = max(14, width - 66)  # what is short of room is the name
+    for row in rows:
+        table.add_row(*row[: len(shown)], style={"refuted": "red", "inconclusive": "yellow"}.get(row[2]))
+    return table
+
+
+def _live(subjects: dict[str, "Subject"], console: "Console") -> tuple[list["Report"], list[Row]]:
+    """The table while it grows: the last rows that the terminal has room for, and all of them at the end."""
+    from rich.live import Live
+
+    reports: list[Report] = []
+    rows: list[Row] = []
+    todo = [(name, dtype, "…", *[""] * (len(COLUMNS) - 3)) for name in subjects for dtype in DTYPES]
+    with Live(_table(todo[:1], console.width), console=console) as live:
+        for found, row in _verified(subjects):
+            reports += found
+            rows.append(row)
+            growing = [*rows, *todo[len(rows) : len(rows) + 1]]
+            live.update(_table(growing[-max(1, console.height - 6) :], console.width))
+        live.update(_table(rows, console.width))
+    console.print(f"{LEGEND}.", soft_wrap=True)
+    return reports, rows
+
+
+def _exhaustively(subjects: dict[str, "Subject"], console: "Console") -> list["Report"]:
+    """The values at every float32. The bar goes to stderr."""
+    reports = []
+    for subject in subjects.values():
+        if subject.elementwise is None:
+            continue
+        console.print(f"{subject.f.__name__}, every float32:", soft_wrap=True)
+        report = subject.every_value("float32", progress=sys.stderr.isatty())
+        assert report is not None
+        reports.append(report)
+        console.print(f"  {report.verdict}: {report.checks[0].detail}", soft_wrap=True)
+    return reports
+
+
+def _write(reports: list["Report"], rows: list[Row], directory: Path) -> list[str]:
+    """The numbers, the text and the figure; returns the names of the files."""
+    import dataclasses
+
+    from jaxact._cli._verify_figure import draw
+
+    names = ["verify.json", "verify.md", "verify.png"]
+    versions = {"python": platform.python_version()} | {n: _version(n) for n in ("jaxact", "jax", "jaxlib", "numpy")}
+    numbers = _plain({"versions": versions, "reports": [dataclasses.asdict(report) for report in reports]})
+    text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        (directory / names[0]).write_text(text + "\n", encoding="utf-8")
+        (directory / names[1]).write_text(_markdown(reports, rows, versions), encoding="utf-8")
+        draw().savefig(directory / names[2])
+    except OSError as error:
+        raise ArgumentError(None, f"cannot write to {error.filename or directory}: {error.strerror}.") from None
+    return names
+
+
+def _markdown(reports: list["Report"], rows: list[Row], versions: dict[str, str | None]) -> str:
+    shown = [i for i, column in enumerate(COLUMNS) if column != "s"]  # which changes from run to run
+    cells = [[row[i].replace("|", "\\|") for i in shown] for row in (COLUMNS, *rows)]
+    cells.insert(1, ["---"] * len(shown))
+    known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    lines = ["# The derivative rules of jaxact", "", f"{known}.", ""]
+    lines += [f"| {' | '.join(line)} |" for line in cells]
+    return "\n".join([*lines, "", f"{LEGEND}.", "", *(report.to_markdown() for report in reports)])

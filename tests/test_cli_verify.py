@@ -1,0 +1,231 @@
+"""The command line: what `verify` checks, prints and writes, and how it says what is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxact
+from jaxact._cli import _verify_subjects as subjects, main, verify
+from jaxact.verify import Report
+
+RULES = """
+import jax
+import jax.numpy as jnp
+
+@jax.custom_vjp
+def right(x):
+    return jnp.sin(x)
+
+right.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+@jax.custom_vjp
+def wrong(x):
+    return jnp.sin(x)
+
+wrong.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (-g * jnp.cos(x),))
+
+def product(x, y):
+    return x @ y
+
+def raises(x):
+    raise RuntimeError("no such luck.\\nsecond line")
+
+number = 3
+"""
+
+
+def status(*argv: Any) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(["verify", *map(str, argv)])
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+@pytest.fixture
+def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current directory has a module `rules_of_mine`, and one that cannot be imported."""
+    (tmp_path / "rules_of_mine.py").write_text(RULES, encoding="utf-8")
+    (tmp_path / "broken_rules.py").write_text("1 / 0\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "rules_of_mine", raising=False)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_names_are_of_the_subjects() -> None:
+    assert tuple(subjects.SUBJECTS) == verify.NAMES
+    assert tuple(subjects.DTYPES) == verify.DTYPES
+    for name, subject in subjects.SUBJECTS.items():
+        assert getattr(subject.f, "__name__", "") == name
+
+
+def test_one_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "folder"
+    assert status("softplus", "--out", out) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.count("verified") == 5
+    assert "6 checks: 6 verified, 0 refuted, 0 inconclusive; written to " in printed.out
+    results = json.loads((out / "verify.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert set(results["versions"]) == {"python", "jaxact", "jax", "jaxlib", "numpy"}
+    reports = results["reports"]
+    assert {report["verdict"] for report in reports} == {"verified"}
+    every = [report for report in reports if "every" in report["subject"]]
+    assert [report["subject"] for report in every] == ["softplus, every bfloat16", "softplus, every float16"]
+    assert [report["facts"]["inputs"] for report in every] == [65536, 65536]
+    rules = [report for report in reports if report not in every]
+    assert [report["facts"]["oracle"] for report in rules] == ["exact derivative, exact_sigmoid"] * 4
+    assert ["order 2" in [check["name"] for check in report["checks"]] for report in rules] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    text = (out / "verify.md").read_text(encoding="utf-8")
+    assert text.count("\n### `softplus") == 6
+    assert text.count("\n| softplus | ") == 4
+    assert str(Path.home()) not in text
+    assert (out / "verify.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("verdict", ["refuted", "inconclusive"])
+def test_what_is_not_verified_is_shown(
+    verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Report("softmax(float32[3,5])", verdict, reasons=("because of | and ∞",), facts={"max": np.inf})
+    monkeypatch.setattr(subjects.Subject, "rule", lambda self, dtype: made)
+    assert status("softmax", "--out", tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "because of | and ∞" in printed
+    assert f"4 {verdict}" in printed
+    results = json.loads((tmp_path / "verify.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert results["reports"][0]["facts"]["max"] is None
+
+
+def test_exhaustively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def values(f: Any, reference: Any, *, dtype: Any, points: Any, bound: float, progress: bool) -> Report:
+        asked.append((np.dtype(dtype).name, points, bound))
+        return Report("f", "verified", facts={"max ulp": 0.5}, checks=REPORT.checks)
+
+    monkeypatch.setattr(subjects.Subject, "rule", lambda self, dtype: REPORT)
+    monkeypatch.setattr(subjects, "values", values)
+    assert status("logit", "softmax", "--exhaustive", "--out", tmp_path) == 0
+    assert asked == [("bfloat16", "all", 0.51), ("float16", "all", 0.51), ("float32", "all", 3.5)]
+    assert "logit, every float32:\n  verified: " in capsys.readouterr().out
+
+
+REPORT = subjects.values(jaxact.sigmoid, subjects.sigmoid, dtype=np.float32, points=np.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "log_sigmoid", "softplus", "logit"])
+def test_references_agree_with_mpmath(name: str) -> None:
+    import mpmath
+
+    parts = subjects.SUBJECTS[name].elementwise
+    assert parts is not None
+    x = subjects.rounded(subjects.SUBJECTS[name].args[0], "float64")
+    with mpmath.workdps(60):
+        slopes = [float(parts.exact_slope(mpmath.mpf(a))) for a in x]
+        value = {
+            "sigmoid": subjects.exact_sigmoid,
+            "log_sigmoid": lambda a: mpmath.log(subjects.exact_sigmoid(a)),
+            "softplus": lambda a: mpmath.log(1 + mpmath.exp(a)),
+            "logit": lambda p: mpmath.log(p / (1 - p)),
+        }[name]
+        values = [float(value(mpmath.mpf(a))) for a in x]
+    # A few roundings of float64.
+    np.testing.assert_allclose(parts.slope(x), slopes, rtol=2e-15)
+    np.testing.assert_allclose(parts.value(x), values, rtol=2e-15)
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_right_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("rules_of_mine:right", "--shape", "4,3", "--dtype", "bfloat16", "--scale", "2") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("right(bfloat16[4,3]): verified\n")
+    assert printed.err == ""
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_wrong_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("rules_of_mine:wrong", "--shape", "5", "--seed", "3") == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("wrong(float32[5]): refuted\n")
+    assert "the backward rule has the wrong sign" in printed
+
+
+@pytest.mark.usefixtures("rules")
+def test_several_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("rules_of_mine:product", "--shape", "2,3", "--shape", "3", "--dtype", "float64") == 0
+    assert "product(float64[2,3], float64[3]): verified" in capsys.readouterr().out
+
+
+def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    printed = capsys.readouterr()
+    assert "jaxact verify: error: " in printed.err
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.err.endswith(".\n")
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["relu"], "there is no function 'relu' to verify: choose from sigmoid, log_sigmoid, "),
+        (["softplus", "--shape", "3"], "--shape needs module:function."),
+        (["--seed", "3"], "--seed needs module:function."),
+        (["--out", "rules_of_mine.py"], "cannot write to rules_of_mine.py: File exists."),
+        (["rules_of_mine:right"], "module:function needs --shape."),
+        (["rules_of_mine:right", "sigmoid"], "'rules_of_mine:right' must be the only NAME."),
+        (["rules_of_mine:right", "--shape", "3", "--out", "here"], "--out is for jaxact's functions, not for module"),
+        (["rules_of_mine:right", "--shape", "3", "--exhaustive"], "--exhaustive is for jaxact's functions"),
+        (["rules_of_mine:right", "--shape", "3x4"], "argument --shape: must be whole numbers with commas between"),
+        (["rules_of_mine:right", "--shape=-3"], "argument --shape: must be whole numbers"),
+        (["rules_of_mine:right", "--shape", "3", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["rules_of_mine:right", "--shape", "3", "--order", "0"], "argument --order: must be a whole number"),
+        (["rules_of_mine:right", "--shape", "3", "--scale", "0"], "argument --scale: must be a positive number"),
+        (["no_such_module:f", "--shape", "3"], "cannot import no_such_module: ModuleNotFoundError: No module named"),
+        (["broken_rules:f", "--shape", "3"], "cannot import broken_rules: ZeroDivisionError: division by zero."),
+        ([":f", "--shape", "3"], "cannot import a module without a name: ValueError: "),
+        (["rules_of_mine:", "--shape", "3"], "rules_of_mine has no ''."),
+        (["rules_of_mine:left", "--shape", "3"], "rules_of_mine has no 'left'."),
+        (["rules_of_mine:number", "--shape", "3"], "rules_of_mine:number is not callable: it is of type int."),
+        (["rules_of_mine:raises", "--shape", "3"], "cannot verify rules_of_mine:raises: RuntimeError: no such luck."),
+        (["rules_of_mine:product", "--shape", "3"], "cannot verify rules_of_mine:product: TypeError: "),
+        (["rules_of_mine:right", "--shape", "999999999,999999999,999999999"], "cannot verify rules_of_mine:right: "),
+    ],
+)
+@pytest.mark.usefixtures("rules")
+def test_a_mistake_is_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(*argv) == 2
+    assert_one_sentence(capsys, message)
+
+
+@pytest.mark.parametrize("package", ["mpmath", "rich", "matplotlib"])
+def test_a_missing_package_is_named(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert status("--out", tmp_path / "out") == 2
+    assert_one_sentence(capsys, f"cannot import {package}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_module() -> None:
+    root = Path(verify.__file__).parents[2]
+    command = [sys.executable, "-m", "jaxact", "verify", "rely:on"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "python -m jaxact verify: error: module:function needs --shape.\n"
