@@ -70,8 +70,8 @@ def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., 
     """`exact(*operands)`, for which `quick` may stand in where no row has a class with more than half of the sum.
 
     Such a row needs a second pass over its logits for what the first has cancelled. On CPU a pass is what costs, and
-    is left out where no row needs it. Elsewhere the passes are fused and a branch costs more. For a row that is not
-    dominated the two agree up to rounding.
+    is left out where no row needs it. Elsewhere a branch on a value that the device has computed may cost more than the
+    pass. For a row that is not dominated the two agree up to rounding.
     """
     others = lax.stop_gradient(others)
 

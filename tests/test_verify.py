@@ -18,13 +18,13 @@ import pytest
 import jaxact
 from jaxact import verify
 
-# The corpus. Each case is compiled in every mode and under every transformation, so that a fifth of the cases is what a
-# default run has time for; the rest are visited with --exhaustive.
+# The corpus. Each case is compiled in every mode and under every transformation, so that an eighth of the cases is what
+# a default run has time for; the rest are visited with --exhaustive.
 
 
 def cases(of: list[corpus.Case]) -> Any:
     return [
-        pytest.param(case, id=case.name, marks=[] if i % 5 == 0 else [pytest.mark.exhaustive])
+        pytest.param(case, id=case.name, marks=[] if i % 8 == 0 else [pytest.mark.exhaustive])
         for i, case in enumerate(of)
     ]
 
@@ -308,7 +308,9 @@ POINTS = {"logit": np.linspace(0.015, 0.975, 9)} | dict.fromkeys(
 ROWS = np.array([[30.0, 0, -5], [1, 2, 3], [0.5, 0, -80]])
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "bfloat16", pytest.param("float16", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("name", TEXTBOOK)
 def test_jaxact_is_verified(name: str, dtype: str) -> None:
     f: Any = getattr(jaxact, name)

@@ -34,7 +34,7 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
     problem = Problem(f, args)
     flat = problem.spec.of_floats(f, problem.others)
     with problem.precision():
-        jaxpr = jax.make_jaxpr(lambda *floats: jax.tree.leaves(jax.vjp(flat, *floats)[1]))(*problem.floats).jaxpr
+        jaxpr: Any = jax.make_jaxpr(lambda *floats: jax.tree.leaves(jax.vjp(flat, *floats)[1]))(*problem.floats).jaxpr
     kept = {id(v): v for v in jaxpr.outvars if hasattr(v.aval, "shape") and v.aval.size > 0 and not _is_literal(v)}
     checks, total = [], 0
     for v in kept.values():
