@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.csv is None) != (arguments.label is None):
         given, missing = ("--csv", "--label") if arguments.label is None else ("--label", "--csv")
         raise ArgumentError(None, f"{given} needs {missing}.")
-    _require("optax", "matplotlib", "rich", *(["sklearn"] if arguments.csv is None else []))
+    _require("demo", "optax", "matplotlib", "rich", *(["sklearn"] if arguments.csv is None else []))
     data = breast_cancer() if arguments.csv is None else read_csv(arguments.csv, arguments.label)
     _make_directory(arguments.out)
     from rich.console import Console
@@ -94,13 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _require(*packages: str) -> None:
+def _require(extras: str, *packages: str) -> None:
     for package in packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
             reason = str(error).removesuffix(".")
-            raise ArgumentError(None, f"cannot import {package} ({reason}): pip install 'jaxact[demo]'.") from None
+            raise ArgumentError(None, f"cannot import {package} ({reason}): pip install 'jaxact[{extras}]'.") from None
 
 
 def _make_directory(path: Path) -> None:

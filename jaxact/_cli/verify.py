@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxact._cli._converge_report import _plain, _version
-from jaxact._cli.converge import _make_directory, _positive, _whole
+from jaxact._cli.converge import _make_directory, _positive, _require, _whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         choices = ", ".join(NAMES)
         raise ArgumentError(None, f"there is no function {unknown[0]!r} to verify: choose from {choices}.")
-    _require("mpmath", "rich", "matplotlib")
+    _require("demo,verify", "mpmath", "rich", "matplotlib")
     out = arguments.out or Path("verify")
     _make_directory(out)
     from rich.console import Console
@@ -102,16 +102,6 @@ def run(arguments: argparse.Namespace) -> int:
     return int(count["verified"] < len(reports))
 
 
-def _require(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            reason = str(error).removesuffix(".")
-            what = f"cannot import {package} ({reason}): pip install 'jaxact[demo,verify]'."
-            raise ArgumentError(None, what) from None
-
-
 def _run_own(arguments: argparse.Namespace, name: str) -> int:
     """A function of the user's, at random numbers."""
     if len(arguments.names) > 1:
@@ -121,7 +111,7 @@ def _run_own(arguments: argparse.Namespace, name: str) -> int:
             raise ArgumentError(None, f"--{option} is for jaxact's functions, not for module:function.")
     if not arguments.shape:
         raise ArgumentError(None, "module:function needs --shape.")
-    _require("mpmath")
+    _require("demo,verify", "mpmath")
     f = _imported(name)
     from jaxact import verify
     from jaxact._cli._verify_subjects import DTYPES as TYPES
