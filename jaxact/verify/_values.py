@@ -1,8 +1,9 @@
 """`values`: how far a function's values are off, over every input of a 16-bit type, or over any inputs."""
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -65,12 +66,23 @@ def values(
     total = 2 ** (8 * dtype.itemsize) if everything else np.size(points)
     blocks = _all(dtype) if everything else _given(np.asarray(points).astype(dtype).ravel())
     statistics = _Statistics(f, reference, dtype)
-    with ThreadPoolExecutor(2) as pool:  # NumPy and XLA release the interpreter's lock
-        for done, block in enumerate(pool.map(statistics.of_block, blocks), start=1):
-            statistics.add(*block)
-            if progress:
-                _show(done * BLOCK / total, statistics.worst)
+    for done, block in enumerate(_in_two_threads(statistics.of_block, blocks), start=1):
+        statistics.add(*block)
+        if progress:
+            _show(done * BLOCK / total, statistics.worst)
     return statistics.report(getattr(f, "__name__", "f"), bound)
+
+
+def _in_two_threads(f: Callable[[Any], Any], blocks: Iterator[Any]) -> Iterator[Any]:
+    """`map(f, blocks)`, a few blocks ahead; the executor's own `map` would ask for all of them at once."""
+    pending: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(2) as pool:  # NumPy and XLA release the interpreter's lock
+        for block in blocks:
+            pending.append(pool.submit(f, block))
+            if len(pending) > 4:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _all(dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -121,7 +133,6 @@ class _Statistics:
         self.sum += float(finite.sum())
         with np.errstate(divide="ignore"):
             octaves = np.log2(finite.astype(np.float32))
-        place = np.clip(np.ceil(octaves * PER_OCTAVE), LOW, HIGH).astype(int) - LOW
         place = np.clip(np.ceil(octaves * PER_OCTAVE), LOW, HIGH).astype(int) - LOW
         self.counts += np.bincount(place, minlength=HIGH - LOW + 1)
 
