@@ -85,18 +85,27 @@ def masked(x: Array, where: ArrayLike | None, fill: float) -> Array:
 
 
 def canonical_temperature(temperature: ArrayLike) -> ArrayLike | None:
-    """The temperature, or None for a literal 1, which then costs nothing.
+    """The temperature, or None for a literal 1, which then costs nothing."""
+    return canonical_scalar("temperature", temperature, lambda t: 0 < t < math.inf, "positive and finite", nothing=1)
 
-    A value that is known is checked. A traced one cannot be: the functions return nan where it is not positive.
+
+def canonical_scalar(
+    name: str, value: ArrayLike, accept: Callable[[float], bool], what: str, nothing: float | None = None
+) -> ArrayLike | None:
+    """The value of an option, or None for the literal that does nothing.
+
+    A value that is known is checked. A traced one cannot be.
     """
-    if isinstance(temperature, (int, float)) and temperature == 1:
+    if isinstance(value, (int, float)) and value == nothing:
         return None
-    if np.ndim(temperature) != 0:
-        raise ValueError(f"temperature must be a scalar, got shape {np.shape(temperature)}.")
+    if np.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}.")
     try:
-        value = float(temperature)  # type: ignore[arg-type]  # raises TypeError if it is complex
+        number = float(value)  # type: ignore[arg-type]
     except jax.errors.ConcretizationTypeError:
-        return temperature
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {value}.")
-    return temperature
+        return value
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r}.") from None
+    if not accept(number):
+        raise ValueError(f"{name} must be {what}, got {number}.")
+    return value

@@ -69,14 +69,21 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> Sums:
 def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
     """`exact(*operands)`, for which `quick` may stand in where no row has a class with more than half of the sum.
 
-    Such a row needs a second pass over its logits for what the first has cancelled. On CPU a pass is what costs, and
-    is left out where no row needs it. Elsewhere a branch on a value that the device has computed may cost more than the
-    pass. For a row that is not dominated the two agree up to rounding.
+    Such a row needs a second pass over its logits for what the first has cancelled. For one that is not dominated the
+    two agree up to rounding.
     """
-    others = lax.stop_gradient(others)
+    return unless_all(lax.stop_gradient(others) >= 1, exact, quick, *operands)
+
+
+def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
+    """`exact(*operands)`, for which `quick` may stand in where the condition holds throughout.
+
+    On CPU a pass over the logits is what costs, and is left out where no row needs it. Elsewhere a branch on a value
+    that the device has computed may cost more than the pass.
+    """
 
     def on_cpu(*operands: Any) -> Any:
-        return lax.cond(_all(others >= 1), quick, exact, *operands)
+        return lax.cond(_all(condition), quick, exact, *operands)
 
     return lax.platform_dependent(*operands, cpu=on_cpu, default=exact)
 
@@ -103,6 +110,15 @@ def certain(y: Array) -> Array:
 
 
 certain.defjvp(lambda primals, tangents: (certain(*primals), *tangents))
+
+
+def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Array:
+    """The product of the Jacobian of softmax, where it is `y`, with a tangent or cotangent. `y` should be `certain`."""
+    # The Jacobian is diag(y) − y yᵀ = Pᵀ diag(y) P with P u = u − ⟨u, y⟩. Where one probability is near 1, subtracting
+    # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
+    # symmetric, as the Jacobian is: transposed for forward mode it is the same three steps.
+    z = y * (g - row_sum(g * y))
+    return z - y * row_sum(z)
 
 
 def maximum(x: Array, axis: Axes) -> Array:

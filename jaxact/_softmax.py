@@ -23,6 +23,7 @@ from jaxact._exponentials import (
     maximum,
     row_sums,
     smallest_total,
+    times_jacobian,
     widen,
 )
 from jaxact._forward_mode import forward_mode
@@ -105,11 +106,7 @@ def _softmax_bwd(axis: Axes, residuals: Any, g: Array) -> Any:
     y, t = residuals
     dtype = y.dtype
     y, g = certain(widen(y)), widen(g)
-    # The Jacobian is diag(y) − y yᵀ = Pᵀ diag(y) P with P u = u − ⟨u, y⟩. Where one probability is near 1, subtracting
-    # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
-    # symmetric, as the Jacobian is: transposed for forward mode it is the same three steps.
-    z = y * (g - jnp.sum(g * y, axis, keepdims=True))
-    z = z - y * jnp.sum(z, axis, keepdims=True)
+    z = times_jacobian(y, g, lambda a: jnp.sum(a, axis, keepdims=True))
     if t is None:
         return z.astype(dtype), None, None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.

@@ -1,0 +1,307 @@
+"""The cross-entropy of integer labels, row by row: what the losses and the fused head rest on.
+
+Rows have their classes on the last axis. A label is a single place, so the sum over all the other classes is known by
+itself, and with it everything that would cancel: the loss is log1p of it, and 1 − p at the label is its share.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype
+from jaxact._exponentials import certain, divisor, finite, maximum, times_jacobian, unless_all, widen
+from jaxact._forward_mode import forward_mode
+
+AxisName = Any  # of a mesh axis, or several
+
+
+class LabelSums(NamedTuple):
+    """What a row's logits z come to, seen from its label y; arrays of the row's shape with one class."""
+
+    shift: Array  # c, finite, such that e^{zⱼ − c} is in range
+    at_label: Array  # e^{z_y − c}
+    others: Array  # Σ e^{zⱼ − c} over the classes j ≠ y
+
+    @property
+    def total(self) -> Array:
+        """At least 1, but for a row in which no class is left: there it would be 0."""
+        return jnp.maximum(self.at_label + self.others, 1)
+
+
+class Losses(NamedTuple):
+    """Per row, without the axis of classes."""
+
+    nll: Array  # −log p_y
+    lse: Array  # log Σ e^z
+    uniform: Array  # the mean over the classes c of −w_c log p_c; 0 where no weights w are given
+
+
+class Adjustment(NamedTuple):
+    """What is done to logits first: cap·tanh(x/cap), then division by the temperature. None leaves a step out."""
+
+    cap: Array | None
+    temperature: Array | None
+
+    def __call__(self, x: Array) -> Array:
+        z = widen(x)
+        if self.cap is not None:
+            # A class that does not exist is not capped.
+            z = jnp.where(z == -jnp.inf, z, self.cap * jnp.tanh(z / self.cap))
+        return z if self.temperature is None else z / self.temperature
+
+
+class Options(NamedTuple):
+    """What makes a loss of log-probabilities, by the names of the public arguments. None leaves an option out."""
+
+    temperature: ArrayLike | None
+    label_smoothing: ArrayLike | None
+    z_loss: ArrayLike | None
+    logit_softcap: ArrayLike | None
+    class_weight: ArrayLike | None
+
+    @classmethod
+    def checked(cls, **given: Any) -> "Options":
+        """What is out of range raises where its value is known."""
+        check, cap = canonical_scalar, given["logit_softcap"]
+        fraction = (lambda e: 0 <= e <= 1, "in [0, 1]")
+        coefficient = (lambda z: 0 <= z < math.inf, "finite and not negative")
+        positive = (lambda c: 0 < c < math.inf, "positive and finite")
+        return cls(
+            canonical_temperature(given["temperature"]),
+            check("label_smoothing", given["label_smoothing"], *fraction, nothing=0),
+            check("z_loss", given["z_loss"], *coefficient, nothing=0),
+            None if cap is None else check("logit_softcap", cap, *positive),
+            given["class_weight"],
+        )
+
+    def adjustment(self, x: Array) -> Adjustment:
+        cap = self.logit_softcap
+        dtype = compute_dtype(x.dtype)
+        return Adjustment(None if cap is None else jnp.asarray(cap, dtype), divisor(self.temperature, x))
+
+    def weights(self, classes: int, dtype: Any) -> Array | None:
+        """A factor for each class."""
+        if self.class_weight is None:
+            return None
+        weights = as_float("class_weight", self.class_weight)
+        if weights.shape != (classes,):
+            raise ValueError(f"class_weight must have shape ({classes},), got {weights.shape}.")
+        return weights.astype(dtype)
+
+    def spread(self, weights: Array | None, dtype: Any) -> Array | None:
+        """The weights by which smoothing spreads a label, where it does."""
+        if self.label_smoothing is None:
+            return None
+        return jnp.ones((), dtype) if weights is None else weights
+
+    def combine(self, losses: "Losses", label_weight: Array | None) -> Array:
+        """The loss of each row."""
+        loss = losses.nll
+        if label_weight is not None:
+            # A weight of 0 leaves out even an infinite loss.
+            loss = label_weight * jnp.where((label_weight == 0) & jnp.isinf(loss), 0, loss)
+        if self.label_smoothing is not None:
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * losses.uniform
+        if self.z_loss is not None:
+            loss = loss + self.z_loss * jnp.square(jnp.where(losses.lse > -jnp.inf, losses.lse, 0))
+        return loss
+
+
+def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | None:
+    """The weight of each label."""
+    if weights is None:
+        return None
+    if axis_name is None:
+        return jnp.take(weights, y, mode="clip")
+    here = (y >= 0) & (y < weights.shape[0])
+    return lax.psum(jnp.where(here, jnp.take(weights, y, mode="clip"), 0), axis_name)
+
+
+def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
+    """The place of each label among this shard's classes, outside of them if on another; and which labels exist."""
+    first, count = 0, classes
+    if axis_name is not None:
+        first, count = lax.axis_index(axis_name) * classes, classes * lax.axis_size(axis_name)
+    # A narrow or unsigned dtype holds neither the count nor a difference.
+    wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    exists = (wide >= 0) & (wide < count)
+    return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
+
+
+def elsewhere(z: Array, y: Array) -> Array:
+    """0 at the label, 1 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
+    # Beyond 2²⁴ not every whole number is a float32.
+    dtype = z.dtype if z.shape[-1] <= 2**24 else jnp.int32
+    distance = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1) - y[..., None].astype(dtype)
+    return jnp.minimum(jnp.abs(distance), 1).astype(z.dtype)
+
+
+def at_label(z: Array, y: Array, axis_name: AxisName, *, gather: bool) -> Array:
+    """z_y, with the class axis kept; infinite if it is the largest number."""
+    largest = float(jnp.finfo(z.dtype).max)
+
+    def summed(z: Array, y: Array) -> Array:
+        # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
+        z = finite(z)
+        return jnp.sum(z * (1 - elsewhere(z, y)), -1, keepdims=True)
+
+    def gathered(z: Array, y: Array) -> Array:
+        return finite(jnp.take_along_axis(z, y[..., None], -1, mode="clip"))
+
+    if axis_name is not None:
+        z_y = lax.psum(summed(z, y), axis_name)
+    elif not gather or any(jax.typeof(z).sharding.spec):
+        z_y = summed(z, y)
+    else:
+        # Where it reads one number a row instead of all. XLA would have to communicate for it on a mesh, which shows
+        # in the type if its axes are explicit.
+        z_y = lax.platform_dependent(z, y, cpu=gathered, default=summed)
+    return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
+
+
+def label_sums(
+    z: Array, y: Array, live: Array | None, axis_name: AxisName = None, *, gather: bool = True
+) -> tuple[Array, LabelSums]:
+    """z_y and the sums. Rows that are not `live` do not matter and may hold anything."""
+    z_y = at_label(z, y, axis_name, gather=gather)
+
+    def others_about(shift: Array, z: Array, y: Array) -> Array:
+        return _total(jnp.exp(z - shift) * elsewhere(z, y), axis_name)
+
+    def about_label(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+        return LabelSums(finite(z_y), jnp.ones_like(z_y), others)
+
+    def about_maximum(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+        top = maximum(z, (z.ndim - 1,))
+        peak = finite(top if axis_name is None else lax.pmax(top, axis_name))
+        # The minimum changes +inf alone.
+        return LabelSums(peak, jnp.exp(jnp.minimum(z_y, peak) - peak), others_about(peak, jnp.minimum(z, peak), y))
+
+    # About the label, no maximum need be found first, as long as nothing overflows: until the loss is 87.
+    others = others_about(finite(z_y), z, y)
+    in_range = (others < float(jnp.finfo(z.dtype).max) / 4) & (z_y > -jnp.inf)
+    if live is not None:
+        in_range |= ~live[..., None]
+    return z_y, unless_all(in_range, about_maximum, about_label, z, y, z_y, others)
+
+
+def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, axis_name: AxisName) -> Losses:
+    shift, at_label, others = sums
+    # Of −log p_y = (c − z_y) + log(Σ e^{z − c}) both terms are positive or 0. Where c = z_y, 1 drops out of the sum.
+    log_total = jnp.log1p(others + (at_label - 1))
+    nll = jnp.where(z_y >= shift, 0, shift - z_y) + log_total
+    # The shift is the largest finite number where a logit is infinite, which takes all.
+    infinite = shift >= float(jnp.finfo(z.dtype).max)
+    nll = jnp.where(infinite & (z_y < jnp.inf), jnp.inf, nll)
+    empty = at_label + others == 0
+    nll, lse = jnp.where(empty, 0, nll), jnp.where(empty, -jnp.inf, jnp.where(infinite, jnp.inf, shift + log_total))
+    if weights is None:
+        uniform = jnp.zeros_like(nll)
+    else:
+        at_each, heavy, count = _spread(z, weights, axis_name)
+        distance = _total(at_each * (shift - jnp.where(z == -jnp.inf, 0, z)), axis_name)
+        uniform = (heavy * log_total + distance) / count
+    return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
+
+
+def _total(a: Array, axis_name: AxisName) -> Array:
+    here = jnp.sum(a, -1, keepdims=True)
+    return here if axis_name is None else lax.psum(here, axis_name)
+
+
+def _spread(z: Array, weights: Array, axis_name: AxisName) -> tuple[Array, Array, Array]:
+    """The weights of the classes that exist, their sum, and the number of those classes, at least 1."""
+    exist = z != -jnp.inf
+    at_each = jnp.where(exist, weights.astype(z.dtype), 0)
+    return at_each, _total(at_each, axis_name), jnp.maximum(_total(exist.astype(z.dtype), axis_name), 1)
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def label_losses(
+    axis_name: AxisName, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
+) -> tuple[Losses, LabelSums]:
+    """The losses of logits `x` after adjustment, and the sums they are made of, as constants."""
+    z = adjust(x)
+    z_y, sums = label_sums(z, y, live, axis_name)
+    return losses_of(z, z_y, sums, weights, axis_name), sums
+
+
+def _label_losses_fwd(
+    axis_name: AxisName, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
+) -> Any:
+    losses, sums = label_losses(axis_name, x, y, live, weights, adjust)
+    return (losses, sums), (x, y, live, weights, adjust, losses.nll, sums)
+
+
+def _label_losses_bwd(axis_name: AxisName, residuals: Any, cotangents: Any) -> Any:
+    x, y, live, weights, adjust, nll, sums = residuals
+    z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
+    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, sums, cotangents[0], axis_name)
+    x_bar, adjust_bar = pull(z_bar)
+    return x_bar, None, None, weights_bar, adjust_bar
+
+
+label_losses.defvjp(_label_losses_fwd, _label_losses_bwd)
+
+
+def logit_cotangent(
+    z: Array,
+    y: Array,
+    live: Array | None,
+    weights: Array | None,
+    nll: Array,
+    sums: LabelSums,
+    g: Losses,
+    axis_name: AxisName,
+) -> tuple[Array, Array | None]:
+    """The cotangents of the logits and of the weights."""
+    # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count. At the label 1 − p is −expm1(−nll), which is
+    # as accurate as the loss.
+    nll, g_nll, g_lse, g_uniform = (a[..., None] for a in (nll, *g))
+    if weights is not None:
+        at_each, heavy, count = _spread(z, weights, axis_name)
+        g_each = g_uniform / count
+        g_lse = g_lse + g_each * heavy
+    p = _probabilities(axis_name, z, sums)
+    here = elsewhere(z, y) == 0
+    z_bar = jnp.where(here, g_nll * jnp.expm1(-nll) + g_lse * jnp.exp(-nll), (g_nll + g_lse) * p)
+    weights_bar = None
+    if weights is not None:
+        z_bar = z_bar - g_each * at_each
+        minus_log_p = (sums.shift + jnp.log(sums.total)) - z
+        weights_bar = jnp.where(z != -jnp.inf, g_each * minus_log_p, 0)
+        if live is not None:
+            weights_bar = jnp.where(live[..., None], weights_bar, 0)
+        extra = tuple(range(z.ndim - weights.ndim))
+        weights_bar = jnp.sum(weights_bar, extra).astype(weights.dtype)
+    # What does not exist has no derivative, whatever its row's loss is.
+    exists = z != -jnp.inf
+    z_bar = jnp.where(exists if live is None else exists & live[..., None], z_bar, 0)
+    return z_bar, weights_bar
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probabilities(axis_name: AxisName, z: Array, sums: LabelSums) -> Array:
+    # The minimum changes +inf alone, from which no shift can be taken. Behind the barrier XLA computes the exponentials
+    # again instead of keeping them from where they were summed.
+    shift, total = lax.optimization_barrier((sums.shift, sums.total))
+    return jnp.exp(jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift) / total
+
+
+def _probabilities_fwd(axis_name: AxisName, z: Array, sums: LabelSums) -> tuple[Array, Array]:
+    p = _probabilities(axis_name, z, sums)
+    return p, p
+
+
+def _probabilities_bwd(axis_name: AxisName, p: Array, g: Array) -> tuple[Array, None]:
+    return times_jacobian(certain(p), g, lambda a: _total(a, axis_name)), None
+
+
+_probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
