@@ -20,6 +20,21 @@ from jaxact._forward_mode import forward_mode
 AxisName = Any  # of a mesh axis, or several
 
 
+class Classes(NamedTuple):
+    """Where the class axis lies; hashable."""
+
+    axis_name: AxisName = None  # the mesh axis over which it is split by hand
+    gather: bool = True  # whether the label's logit may be gathered, which on a mesh costs communication
+
+    def sum(self, a: Array) -> Array:
+        here = jnp.sum(a, -1, keepdims=True)
+        return here if self.axis_name is None else lax.psum(here, self.axis_name)
+
+    def max(self, a: Array) -> Array:
+        here = maximum(a, (a.ndim - 1,))
+        return here if self.axis_name is None else lax.pmax(here, self.axis_name)
+
+
 class LabelSums(NamedTuple):
     """What a row's logits z come to, seen from its label y; arrays of the row's shape with one class."""
 
@@ -141,21 +156,19 @@ def elsewhere(z: Array, y: Array) -> Array:
     return jnp.minimum(jnp.abs(distance), 1).astype(z.dtype)
 
 
-def at_label(z: Array, y: Array, axis_name: AxisName, *, gather: bool) -> Array:
+def at_label(z: Array, y: Array, classes: Classes) -> Array:
     """z_y, with the class axis kept; infinite if it is the largest number."""
     largest = float(jnp.finfo(z.dtype).max)
 
     def summed(z: Array, y: Array) -> Array:
         # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
         z = finite(z)
-        return jnp.sum(z * (1 - elsewhere(z, y)), -1, keepdims=True)
+        return classes.sum(z * (1 - elsewhere(z, y)))
 
     def gathered(z: Array, y: Array) -> Array:
         return finite(jnp.take_along_axis(z, y[..., None], -1, mode="clip"))
 
-    if axis_name is not None:
-        z_y = lax.psum(summed(z, y), axis_name)
-    elif not gather or any(jax.typeof(z).sharding.spec):
+    if classes.axis_name is not None or not classes.gather or any(jax.typeof(z).sharding.spec):
         z_y = summed(z, y)
     else:
         # Where it reads one number a row instead of all. XLA would have to communicate for it on a mesh, which shows
@@ -164,21 +177,18 @@ def at_label(z: Array, y: Array, axis_name: AxisName, *, gather: bool) -> Array:
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
 
-def label_sums(
-    z: Array, y: Array, live: Array | None, axis_name: AxisName = None, *, gather: bool = True
-) -> tuple[Array, LabelSums]:
+def label_sums(z: Array, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
     """z_y and the sums. Rows that are not `live` do not matter and may hold anything."""
-    z_y = at_label(z, y, axis_name, gather=gather)
+    z_y = at_label(z, y, classes)
 
     def others_about(shift: Array, z: Array, y: Array) -> Array:
-        return _total(jnp.exp(z - shift) * elsewhere(z, y), axis_name)
+        return classes.sum(jnp.exp(z - shift) * elsewhere(z, y))
 
     def about_label(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
         return LabelSums(finite(z_y), jnp.ones_like(z_y), others)
 
     def about_maximum(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
-        top = maximum(z, (z.ndim - 1,))
-        peak = finite(top if axis_name is None else lax.pmax(top, axis_name))
+        peak = finite(classes.max(z))
         # The minimum changes +inf alone.
         return LabelSums(peak, jnp.exp(jnp.minimum(z_y, peak) - peak), others_about(peak, jnp.minimum(z, peak), y))
 
@@ -190,7 +200,7 @@ def label_sums(
     return z_y, unless_all(in_range, about_maximum, about_label, z, y, z_y, others)
 
 
-def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, axis_name: AxisName) -> Losses:
+def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
     shift, at_label, others = sums
     # Of −log p_y = (c − z_y) + log(Σ e^{z − c}) both terms are positive or 0. Where c = z_y, 1 drops out of the sum.
     log_total = jnp.log1p(others + (at_label - 1))
@@ -203,46 +213,41 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, axis
     if weights is None:
         uniform = jnp.zeros_like(nll)
     else:
-        at_each, heavy, count = _spread(z, weights, axis_name)
-        distance = _total(at_each * (shift - jnp.where(z == -jnp.inf, 0, z)), axis_name)
+        at_each, heavy, count = _spread(z, weights, classes)
+        distance = classes.sum(at_each * (shift - jnp.where(z == -jnp.inf, 0, z)))
         uniform = (heavy * log_total + distance) / count
     return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
 
 
-def _total(a: Array, axis_name: AxisName) -> Array:
-    here = jnp.sum(a, -1, keepdims=True)
-    return here if axis_name is None else lax.psum(here, axis_name)
-
-
-def _spread(z: Array, weights: Array, axis_name: AxisName) -> tuple[Array, Array, Array]:
+def _spread(z: Array, weights: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """The weights of the classes that exist, their sum, and the number of those classes, at least 1."""
     exist = z != -jnp.inf
     at_each = jnp.where(exist, weights.astype(z.dtype), 0)
-    return at_each, _total(at_each, axis_name), jnp.maximum(_total(exist.astype(z.dtype), axis_name), 1)
+    return at_each, classes.sum(at_each), jnp.maximum(classes.sum(exist.astype(z.dtype)), 1)
 
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def label_losses(
-    axis_name: AxisName, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
+    classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
 ) -> tuple[Losses, LabelSums]:
     """The losses of logits `x` after adjustment, and the sums they are made of, as constants."""
     z = adjust(x)
-    z_y, sums = label_sums(z, y, live, axis_name)
-    return losses_of(z, z_y, sums, weights, axis_name), sums
+    z_y, sums = label_sums(z, y, live, classes)
+    return losses_of(z, z_y, sums, weights, classes), sums
 
 
 def _label_losses_fwd(
-    axis_name: AxisName, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
+    classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
 ) -> Any:
-    losses, sums = label_losses(axis_name, x, y, live, weights, adjust)
+    losses, sums = label_losses(classes, x, y, live, weights, adjust)
     return (losses, sums), (x, y, live, weights, adjust, losses.nll, sums)
 
 
-def _label_losses_bwd(axis_name: AxisName, residuals: Any, cotangents: Any) -> Any:
+def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, sums = residuals
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
-    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, sums, cotangents[0], axis_name)
+    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, sums, cotangents[0], classes)
     x_bar, adjust_bar = pull(z_bar)
     return x_bar, None, None, weights_bar, adjust_bar
 
@@ -258,17 +263,17 @@ def logit_cotangent(
     nll: Array,
     sums: LabelSums,
     g: Losses,
-    axis_name: AxisName,
+    classes: Classes,
 ) -> tuple[Array, Array | None]:
     """The cotangents of the logits and of the weights."""
     # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count. At the label 1 − p is −expm1(−nll), which is
     # as accurate as the loss.
     nll, g_nll, g_lse, g_uniform = (a[..., None] for a in (nll, *g))
     if weights is not None:
-        at_each, heavy, count = _spread(z, weights, axis_name)
+        at_each, heavy, count = _spread(z, weights, classes)
         g_each = g_uniform / count
         g_lse = g_lse + g_each * heavy
-    p = _probabilities(axis_name, z, sums)
+    p = _probabilities(classes, z, sums)
     here = elsewhere(z, y) == 0
     z_bar = jnp.where(here, g_nll * jnp.expm1(-nll) + g_lse * jnp.exp(-nll), (g_nll + g_lse) * p)
     weights_bar = None
@@ -288,20 +293,55 @@ def logit_cotangent(
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probabilities(axis_name: AxisName, z: Array, sums: LabelSums) -> Array:
+def _probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
     # The minimum changes +inf alone, from which no shift can be taken. Behind the barrier XLA computes the exponentials
     # again instead of keeping them from where they were summed.
     shift, total = lax.optimization_barrier((sums.shift, sums.total))
     return jnp.exp(jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift) / total
 
 
-def _probabilities_fwd(axis_name: AxisName, z: Array, sums: LabelSums) -> tuple[Array, Array]:
-    p = _probabilities(axis_name, z, sums)
+def _probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> tuple[Array, Array]:
+    p = _probabilities(classes, z, sums)
     return p, p
 
 
-def _probabilities_bwd(axis_name: AxisName, p: Array, g: Array) -> tuple[Array, None]:
-    return times_jacobian(certain(p), g, lambda a: _total(a, axis_name)), None
+def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, None]:
+    return times_jacobian(certain(p), g, classes.sum), None
 
 
 _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
+    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
+
+
+def _log_probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> Any:
+    return _log_probabilities(classes, z, sums), (z, sums)
+
+
+def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
+    z, sums = residuals
+    return g - _probabilities(classes, z, sums) * classes.sum(g), None
+
+
+_log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
+
+
+def entropy(z: Array, sums: LabelSums, classes: Classes) -> Array:
+    """−Σ p log p of each row, in nats."""
+    p, log_p = _probabilities(classes, z, sums), _log_probabilities(classes, z, sums)
+    return -classes.sum(p * jnp.where(p > 0, log_p, 0))[..., 0]
+
+
+def predicted(z: Array, classes: Classes) -> Array:
+    """The first class with the largest logit."""
+    place = jnp.argmax(z, -1)
+    if classes.axis_name is None:
+        return place
+    # The first of the devices that have it.
+    here, top = jnp.max(z, -1), classes.max(z)[..., 0]
+    place = place + lax.axis_index(classes.axis_name) * z.shape[-1]
+    return lax.pmin(jnp.where(here == top, place, jnp.iinfo(place.dtype).max), classes.axis_name)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxact._canonical import Axis, as_float, canonical_axis, canonical_scalar, compute_dtype, masked, require_array
-from jaxact._cross_entropy import AxisName, Options, at_index, label_index, label_losses
+from jaxact._cross_entropy import AxisName, Classes, Options, at_index, label_index, label_losses
 from jaxact._exponentials import widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
@@ -124,7 +124,7 @@ def _of_integers(
     dtype = compute_dtype(x.dtype)
     y, exists = label_index(labels, x.shape[-1], axis_name)
     weights = options.weights(x.shape[-1], dtype)
-    rows, _ = label_losses(axis_name, x, y, live, options.spread(weights, dtype), options.adjustment(x))
+    rows, _ = label_losses(Classes(axis_name), x, y, live, options.spread(weights, dtype), options.adjustment(x))
     loss = options.combine(rows, at_index(weights, y, axis_name))
     # As a factor nan reaches the gradient too.
     return _counted(loss * jnp.where(exists, 1, jnp.nan), live)
