@@ -114,9 +114,9 @@ X = np.float32(np.linspace(-20, 20, 11))
         {"reference": oracles.sigmoid},
         {"reference": lambda x: 1 / (1 + mpmath.exp(-x))},
         {"reference": lambda x: 0.5 * (1 + jnp.tanh(x / 2))},
-        {"derivative": oracles.sigmoid_1},
+        {"derivative": oracles.sigmoid_slope},
         {"derivative": lambda x: mpmath.exp(-x) / (1 + mpmath.exp(-x)) ** 2},
-        {"derivative": lambda x: np.diag(oracles.sigmoid_1(x))},
+        {"derivative": lambda x: np.diag(oracles.sigmoid_slope(x))},
     ],
     ids=["numpy", "mpmath", "jax", "numpy slopes", "mpmath slopes", "numpy jacobian"],
 )
