@@ -109,10 +109,10 @@ def test_rules_on_eight_devices() -> None:
         from jaxact import verify
         assert len(jax.devices()) == 8
         mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)) * 5, jnp.float32)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)) * 5, jnp.float32)
         x = jax.device_put(x, NamedSharding(mesh, P("rows", "classes")))
         for f in (jaxact.sigmoid, jaxact.softmax, jaxact.log_softmax, lambda x: jaxact.logsumexp(x, -1)):
-            verify.rule(f, x, edges=None, transforms=("jit",)).raise_if_not_ok()
+            verify.rule(f, x, edges=None, transforms=("jit",), directions=1).raise_if_not_ok()
         print("verified")
     """
     done = subprocess.run(
