@@ -1,7 +1,7 @@
 """Flags and the strict configuration.
 
 `pytest` runs with JAX as a user finds it. `pytest --strict-jax` runs the same tests with strict dtype promotion and
-the tracer-leak check. `pytest --exhaustive` adds the tests that visit every input of a dtype.
+the tracer-leak check. `pytest --exhaustive` adds the tests that take long.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="run the tests that visit every input of a dtype")
+    parser.addoption("--exhaustive", action="store_true", help="run the tests that take long too")
     parser.addoption("--strict-jax", action="store_true", help="strict dtype promotion and the tracer-leak check")
 
 
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--exhaustive"):
-        skip = pytest.mark.skip(reason="visits every input of a dtype; run with --exhaustive")
+        skip = pytest.mark.skip(reason="takes long; run with --exhaustive")
         for item in items:
             if "exhaustive" in item.keywords:
                 item.add_marker(skip)

@@ -1,4 +1,4 @@
-"""What the tests compare with, and where: float64 NumPy and mpmath, which share no code with jaxact.
+"""What the tests compare with, and where: float64 NumPy and mpmath, which share no code with what is checked.
 
 The NumPy oracles are written without cancellation. Their own error is a few float64 ulp, which is 1e-8 of a float32
 ulp; `test_sigmoid.py` holds them to that against mpmath, whose formulas are the textbook's.
@@ -11,6 +11,15 @@ from typing import Any
 import ml_dtypes
 import mpmath
 import numpy as np
+
+from jaxact._cli._verify_subjects import (
+    SUBJECTS,
+    logit as logit,
+    quietly,
+    sigmoid as sigmoid,
+    sigmoid_slope as sigmoid_slope,
+    softplus as softplus,
+)
 
 Oracle = Callable[[np.ndarray], np.ndarray]
 
@@ -41,102 +50,57 @@ def _special_error(got: np.ndarray, want: np.ndarray, dtype: Any) -> np.ndarray:
     return np.where(agree, 0.0, np.inf)
 
 
-def _quietly(f: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """In float64, and infinities and nan without a warning: at the edges they are the answer."""
-
-    @functools.wraps(f)
-    def quiet(x: Any, *args: Any) -> np.ndarray:
-        with np.errstate(all="ignore"):
-            return f(np.asarray(x).astype(np.float64), *args)
-
-    return quiet
-
-
-@_quietly
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    e = np.exp(-np.abs(x))
-    return np.where(x < 0, e, 1) / (1 + e)
-
-
-@_quietly
-def sigmoid_1(x: np.ndarray) -> np.ndarray:
-    """σ′ = e/(1 + e)² with e = e^−|x|: an even function."""
-    e = np.exp(-np.abs(x))
-    return e / (1 + e) ** 2
-
-
-@_quietly
+@quietly
 def sigmoid_2(x: np.ndarray) -> np.ndarray:
     """σ″ = σ′·(1 − 2σ), and 1 − 2σ = (e − 1)/(1 + e) for x > 0: an odd function."""
     e = np.exp(-np.abs(x))
     return np.sign(x) * np.expm1(-np.abs(x)) * e / (1 + e) ** 3
 
 
-@_quietly
+@quietly
 def sigmoid_3(x: np.ndarray) -> np.ndarray:
     """σ‴ = σ′·(1 − 6σ′), and 1 − 6e/(1 + e)² = (1 − 4e + e²)/(1 + e)². It has a root at e = 2 − √3."""
     e = np.exp(-np.abs(x))
     return e * ((e - (2 - np.sqrt(3))) * (e - (2 + np.sqrt(3)))) / (1 + e) ** 4
 
 
-@_quietly
-def softplus(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
-
-
-@_quietly
-def log_sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
-
-
-@_quietly
-def logit(p: np.ndarray) -> np.ndarray:
-    """log(p/(1 − p)). Near ½ it is small, and only log1p of odds − 1 = (2p − 1)/(1 − p) keeps its digits."""
-    return np.where(np.abs(p - 0.5) <= 0.25, np.log1p((2 * p - 1) / (1 - p)), np.log(p) - np.log1p(-p))
-
-
-@_quietly
-def logit_1(p: np.ndarray) -> np.ndarray:
-    """1/(p(1 − p)), +inf at both ends, −0 included, since that is the limit from inside; nan outside."""
-    return np.where((p < 0) | (p > 1), np.nan, 1 / (np.abs(p) * (1 - p)))
-
-
+# What `python -m jaxact verify` compares with, in NumPy as well.
 VALUE_AND_SLOPE: dict[str, tuple[Oracle, Oracle]] = {
-    "sigmoid": (sigmoid, sigmoid_1),
-    "log_sigmoid": (log_sigmoid, lambda x: sigmoid(-np.asarray(x))),
-    "softplus": (softplus, sigmoid),
-    "logit": (logit, logit_1),
+    name: (subject.elementwise.value, subject.elementwise.slope)
+    for name, subject in SUBJECTS.items()
+    if subject.elementwise
 }
+log_sigmoid = VALUE_AND_SLOPE["log_sigmoid"][0]
 
 
-@_quietly
-def log_softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
+@quietly
+def log_softmax(x: np.ndarray) -> np.ndarray:
     """(x − m) − log1p(Σ of the others), where m is the maximum and "the others" leaves out one place that attains it.
 
     The limit at infinities: −inf takes part in nothing, several +inf share equally, −inf throughout stays −inf.
     """
-    largest, others = _largest_and_others(x, axis)
+    largest, others = _largest_and_others(x)
     below = np.where(x == largest, 0, x - largest)
     return np.where(largest == -np.inf, -np.inf, below - np.log1p(others))
 
 
-@_quietly
-def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.exp(log_softmax(x, axis))
+@quietly
+def softmax(x: np.ndarray) -> np.ndarray:
+    return np.exp(log_softmax(x))
 
 
-@_quietly
-def logsumexp(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    largest, others = _largest_and_others(x, axis)
-    return np.squeeze(np.where(np.isinf(largest), largest, largest + np.log1p(others)), axis)
+@quietly
+def logsumexp(x: np.ndarray) -> np.ndarray:
+    largest, others = _largest_and_others(x)
+    return np.squeeze(np.where(np.isinf(largest), largest, largest + np.log1p(others)), -1)
 
 
-def _largest_and_others(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def _largest_and_others(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The maximum m, and the sum of e^(x − m) over all places but the first that attains m."""
-    largest = np.max(x, axis, keepdims=True)
+    largest = np.max(x, -1, keepdims=True)
     terms = np.exp(np.where(x == largest, 0, x - largest))
-    np.put_along_axis(terms, np.argmax(x, axis, keepdims=True), 0, axis)
-    return largest, np.sum(terms, axis, keepdims=True)
+    np.put_along_axis(terms, np.argmax(x, -1, keepdims=True), 0, -1)
+    return largest, np.sum(terms, -1, keepdims=True)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from sklearn.datasets import load_breast_cancer, make_blobs
 
 import jaxact
 from jaxact import classifiers
+from jaxact._cli.converge import peer_loss
 from jaxact.classifiers import Params, Twins, multilabel, train_twins
 
 OPTIMIZERS: dict[str, tuple[Any, float]] = {
@@ -33,14 +34,6 @@ def cancer() -> tuple[np.ndarray, np.ndarray]:
 def blobs() -> tuple[np.ndarray, np.ndarray]:
     """Two clusters so far apart that a hyperplane separates them: the losses go to 0."""
     return make_blobs(200, 4, centers=2, cluster_std=0.5, center_box=(-6, 6), random_state=3)
-
-
-def peer_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The same experiment with a matrix product and optax."""
-    z = x @ params.weights.T + params.bias
-    if z.shape[1] == 1:
-        return optax.sigmoid_binary_cross_entropy(z[:, 0], y.astype(z.dtype)).mean()
-    return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
 
 
 def assert_identical(twins: Twins) -> None:

@@ -1,10 +1,6 @@
-"""The verifier on a corpus of right and wrong rules, on jaxact's own, and on itself."""
+"""The verifier on a corpus of right and wrong rules, and on itself."""
 
-import functools
 import json
-import subprocess
-import sys
-import textwrap
 from typing import Any
 
 import corpus
@@ -18,13 +14,13 @@ import pytest
 import jaxact
 from jaxact import verify
 
-# The corpus. Each case is compiled in every mode and under every transformation, so that an eighth of the cases is what
+# The corpus. Each case is compiled in every mode and under every transformation, so that a tenth of the cases is what
 # a default run has time for; the rest are visited with --exhaustive.
 
 
 def cases(of: list[corpus.Case]) -> Any:
     return [
-        pytest.param(case, id=case.name, marks=[] if i % 8 == 0 else [pytest.mark.exhaustive])
+        pytest.param(case, id=case.name, marks=[] if i % 10 == 0 else [pytest.mark.exhaustive])
         for i, case in enumerate(of)
     ]
 
@@ -114,9 +110,9 @@ X = np.float32(np.linspace(-20, 20, 11))
         {"reference": oracles.sigmoid},
         {"reference": lambda x: 1 / (1 + mpmath.exp(-x))},
         {"reference": lambda x: 0.5 * (1 + jnp.tanh(x / 2))},
-        {"derivative": oracles.sigmoid_1},
+        {"derivative": oracles.sigmoid_slope},
         {"derivative": lambda x: mpmath.exp(-x) / (1 + mpmath.exp(-x)) ** 2},
-        {"derivative": lambda x: np.diag(oracles.sigmoid_1(x))},
+        {"derivative": lambda x: np.diag(oracles.sigmoid_slope(x))},
     ],
     ids=["numpy", "mpmath", "jax", "numpy slopes", "mpmath slopes", "numpy jacobian"],
 )
@@ -288,80 +284,3 @@ def test_bad_arguments() -> None:
         verify.rule(jnp.sin, x, edges=3)
     with pytest.raises(ValueError, match="derivative must return"):
         verify.rule(jnp.sum, x, derivative=lambda x: np.ones(2))
-
-
-# jaxact's own rules.
-
-# As the textbook has them. What they lose in float64 they do not lose in mpmath, where the verifier evaluates them.
-TEXTBOOK: dict[str, Any] = {
-    "sigmoid": lambda x: 1 / (1 + jnp.exp(-x)),
-    "log_sigmoid": lambda x: -jnp.log(1 + jnp.exp(-x)),
-    "softplus": lambda x: jnp.log(1 + jnp.exp(x)),
-    "logit": lambda p: jnp.log(p / (1 - p)),
-    "softmax": lambda x: jnp.exp(x) / jnp.sum(jnp.exp(x), -1, keepdims=True),
-    "log_softmax": lambda x: x - jnp.log(jnp.sum(jnp.exp(x), -1, keepdims=True)),
-    "logsumexp": lambda x: jnp.log(jnp.sum(jnp.exp(x), -1)),
-}
-POINTS = {"logit": np.linspace(0.015, 0.975, 9)} | dict.fromkeys(
-    ["sigmoid", "log_sigmoid", "softplus"], np.linspace(-30, 30, 9)
-)
-ROWS = np.array([[30.0, 0, -5], [1, 2, 3], [0.5, 0, -80]])
-
-
-@pytest.mark.parametrize(
-    "dtype", ["float64", "float32", "bfloat16", pytest.param("float16", marks=pytest.mark.exhaustive)]
-)
-@pytest.mark.parametrize("name", TEXTBOOK)
-def test_jaxact_is_verified(name: str, dtype: str) -> None:
-    f: Any = getattr(jaxact, name)
-    x: Any = POINTS.get(name, ROWS)
-    if name == "logsumexp":
-        f = functools.partial(f, axis=-1)
-    x = x if dtype == "float64" else jnp.asarray(x, dtype)
-    transforms = ("jit", "vmap", "remat") if dtype == "float32" else ("jit",)  # the rules are the same for all
-    report = verify.rule(f, x, reference=TEXTBOOK[name], transforms=transforms)
-    assert report.verdict == "verified", str(report)
-    assert report.facts["modes"] == ["reverse", "forward"]
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, "float32") for name in TEXTBOOK] + [(name, "float64") for name in POINTS]
-)
-def test_second_derivatives_are_verified(name: str, dtype: str) -> None:
-    f: Any = getattr(jaxact, name)
-    # Of rows more dominated than 1/u² the second derivative of a product is not accurate where XLA contracts it.
-    x: Any = POINTS.get(name, np.array([[8.0, 0, -5], [1, 2, 3], [0.5, 0, -80]]))
-    x = x if dtype == "float64" else jnp.asarray(x, dtype)
-    # The second derivative of a softmax has products of three probabilities, of 6 u each, in sums: 32 u. Elementwise
-    # functions need no more than the default.
-    bound = None if name in POINTS else 32.0
-    f = functools.partial(f, axis=-1) if name == "logsumexp" else f
-    report = verify.rule(f, x, reference=TEXTBOOK[name], order=2, bound=bound, transforms=("jit",), edges=None)
-    assert report.verdict == "verified", str(report)
-
-
-def test_rules_on_eight_devices() -> None:
-    program = """
-        import jax, jax.numpy as jnp, numpy as np, jaxact
-        from jax.sharding import NamedSharding, PartitionSpec as P
-        from jaxact import verify
-        assert len(jax.devices()) == 8
-        mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)) * 5, jnp.float32)
-        x = jax.device_put(x, NamedSharding(mesh, P("rows", "classes")))
-        for f in (jaxact.sigmoid, jaxact.softmax, jaxact.log_softmax, lambda x: jaxact.logsumexp(x, -1)):
-            verify.rule(f, x, edges=None, transforms=("jit",)).raise_if_not_ok()
-        print("verified")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": ":".join(sys.path),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "verified", done.stderr[-2000:]

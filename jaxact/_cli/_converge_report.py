@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
-import math
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxact._cli._converge_data import Data
+from jaxact._cli._record import plain, version
 from jaxact.classifiers import Fit, Twins
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     """Every number, for `json.dump`. A float is the exact value of the one computed; null stands for inf and nan."""
     data, settings = outcome.data, vars(outcome.settings)
     keys = ("optimizer", "learning_rate", "steps", "float64", "unmatched", "seed", "label")
-    return _plain(
+    return plain(
         {
             "verdict": f"The two classifiers are {outcome.verdict}.",
             "settings": {key: settings[key] for key in keys} | {"csv": settings["csv"] and str(settings["csv"])},
@@ -127,29 +126,9 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
                 "labels": data.y,
             },
             "versions": {"python": platform.python_version()}
-            | {name: _version(name) for name in ("jaxact", "jax", "jaxlib", "numpy", "optax")},
+            | {name: version(name) for name in ("jaxact", "jax", "jaxlib", "numpy", "optax")},
             "backend": jax.default_backend(),
             "results": outcome.numbers,
             "decision": dataclasses.asdict(outcome.decision),
         }
     )
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _plain(item) for key, item in value.items()}
-        case list():
-            return [_plain(item) for item in value]
-        case np.ndarray() | np.generic():
-            return _plain(value.tolist())
-        case float() if not math.isfinite(value):
-            return None
-    return value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # used from its folder, without being installed
-        return None

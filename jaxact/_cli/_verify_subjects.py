@@ -96,6 +96,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 @quietly
 def sigmoid_slope(x: np.ndarray) -> np.ndarray:
+    """σ′ = e/(1 + e)² with e = e^−|x|: an even function."""
     e = np.exp(-np.abs(x))
     return e / (1 + e) ** 2
 
@@ -107,8 +108,8 @@ def softplus(x: np.ndarray) -> np.ndarray:
 
 @quietly
 def logit(p: np.ndarray) -> np.ndarray:
-    y = np.log(p) - np.log1p(-p)
-    # Near ½ only log1p of odds − 1 keeps the digits.
+    """log(p/(1 − p)). Near ½ it is small, and only log1p of odds − 1 = (2p − 1)/(1 − p) keeps its digits."""
+    y = np.asarray(np.log(p) - np.log1p(-p))
     near = np.abs(p - 0.5) <= 0.25
     y[near] = np.log1p((2 * p[near] - 1) / (1 - p[near]))
     return y
@@ -116,6 +117,7 @@ def logit(p: np.ndarray) -> np.ndarray:
 
 @quietly
 def logit_slope(p: np.ndarray) -> np.ndarray:
+    """1/(p(1 − p)), +inf at both ends, −0 included, since that is the limit from inside; nan outside."""
     return np.where((p < 0) | (p > 1), np.nan, 1 / (np.abs(p) * (1 - p)))
 
 

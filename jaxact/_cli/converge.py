@@ -2,11 +2,8 @@
 
 import argparse
 import functools
-import importlib
 import json
-import math
 import sys
-import tempfile
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -18,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from jaxact import classifiers
+from jaxact._cli._arguments import make_directory, positive, require, whole
 from jaxact._cli._converge_data import Data, breast_cancer, read_csv
 from jaxact._cli._converge_report import OURS, PEER, Decision, Outcome, as_json, table
 from jaxact.classifiers import Params, Twins
@@ -40,12 +38,12 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    steps, seed = functools.partial(_whole, 1, 10**6), functools.partial(_whole, 0, 2**32 - 1)
+    steps, seed = functools.partial(whole, 1, 10**6), functools.partial(whole, 0, 2**32 - 1)
     add = parser.add_argument
     add("--csv", type=Path, metavar="FILE", help="your data, with a header (default: Wisconsin breast cancer)")
     add("--label", metavar="COLUMN", help="the column of FILE with the class; every other column is a feature")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: %(default)s")
-    add("--learning-rate", type=_positive, default=0.1, metavar="RATE", help="default: %(default)s; sigmoid: twice")
+    add("--learning-rate", type=positive, default=0.1, metavar="RATE", help="default: %(default)s; sigmoid: twice")
     add("--steps", type=steps, default=5000, metavar="N", help="default: %(default)s")
     add("--float64", action="store_true", help="compute in float64 instead of float32")
     add("--unmatched", action="store_true", help="give both the same learning rate, to see the sigmoid fall behind")
@@ -53,30 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("converge"), metavar="DIR", help="for the results (default: %(default)s)")
 
 
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-    return number
-
-
-def _whole(least: int, most: int, text: str) -> int:
-    if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text!r}")
-    return int(text)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Reads, trains, prints and draws. What can be wrong is checked before the training."""
     if (arguments.csv is None) != (arguments.label is None):
         given, missing = ("--csv", "--label") if arguments.label is None else ("--label", "--csv")
         raise ArgumentError(None, f"{given} needs {missing}.")
-    _require("demo", "optax", "matplotlib", "rich", *(["sklearn"] if arguments.csv is None else []))
+    require("demo", "optax", "matplotlib", "rich", *(["sklearn"] if arguments.csv is None else []))
     data = breast_cancer() if arguments.csv is None else read_csv(arguments.csv, arguments.label)
-    _make_directory(arguments.out)
+    make_directory(arguments.out)
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
@@ -92,23 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
     written = _write(outcome, arguments.out)
     console.print(f"Written to {arguments.out}: {', '.join(written)}.", soft_wrap=True)
     return 0
-
-
-def _require(extras: str, *packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            reason = str(error).removesuffix(".")
-            raise ArgumentError(None, f"cannot import {package} ({reason}): pip install 'jaxact[{extras}]'.") from None
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ArgumentError(None, f"cannot write to {path}: {error.strerror}.") from None
 
 
 def peer_loss(params: Params, x: Array, y: Array) -> Array:

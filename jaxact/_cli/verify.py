@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxact._cli._converge_report import _plain, _version
-from jaxact._cli.converge import _make_directory, _positive, _require, _whole
+from jaxact._cli._arguments import make_directory, positive, require, whole
+from jaxact._cli._record import plain, version
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    order, seed = functools.partial(_whole, 1, 4), functools.partial(_whole, 0, 2**32 - 1)
+    order, seed = functools.partial(whole, 1, 4), functools.partial(whole, 0, 2**32 - 1)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all); or module:function, yours")
     add("--exhaustive", action="store_true", default=None, help="values at all 2³² float32 inputs too: minutes")
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help=f"default: {DEFAULTS['dtype']}")
     add("--order", type=order, metavar="N", help=f"of derivatives, up to it (default: {DEFAULTS['order']})")
     add("--seed", type=seed, metavar="N", help=f"default: {DEFAULTS['seed']}")
-    add("--scale", type=_positive, metavar="FACTOR", help=f"of the random numbers (default: {DEFAULTS['scale']:g})")
+    add("--scale", type=positive, metavar="FACTOR", help=f"of the random numbers (default: {DEFAULTS['scale']:g})")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         choices = ", ".join(NAMES)
         raise ArgumentError(None, f"there is no function {unknown[0]!r} to verify: choose from {choices}.")
-    _require("demo,verify", "mpmath", "rich", "matplotlib")
+    require("demo,verify", "mpmath", "rich", "matplotlib")
     out = arguments.out or Path("verify")
-    _make_directory(out)
+    make_directory(out)
     from rich.console import Console
 
     from jaxact._cli._verify_subjects import SUBJECTS
@@ -111,7 +111,7 @@ def _run_own(arguments: argparse.Namespace, name: str) -> int:
             raise ArgumentError(None, f"--{option} is for jaxact's functions, not for module:function.")
     if not arguments.shape:
         raise ArgumentError(None, "module:function needs --shape.")
-    _require("demo,verify", "mpmath")
+    require("demo,verify", "mpmath")
     f = _imported(name)
     from jaxact import verify
     from jaxact._cli._verify_subjects import DTYPES as TYPES
@@ -241,8 +241,8 @@ def _write(reports: list["Report"], rows: list[Row], directory: Path) -> list[st
     from jaxact._cli._verify_figure import draw
 
     names = ["verify.json", "verify.md", "verify.png"]
-    versions = {"python": platform.python_version()} | {n: _version(n) for n in ("jaxact", "jax", "jaxlib", "numpy")}
-    numbers = _plain({"versions": versions, "reports": [dataclasses.asdict(report) for report in reports]})
+    versions = {"python": platform.python_version()} | {n: version(n) for n in ("jaxact", "jax", "jaxlib", "numpy")}
+    numbers = plain({"versions": versions, "reports": [dataclasses.asdict(report) for report in reports]})
     text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         (directory / names[0]).write_text(text + "\n", encoding="utf-8")
