@@ -24,7 +24,7 @@ class Classes(NamedTuple):
     """Where the class axis lies; hashable."""
 
     axis_name: AxisName = None  # the mesh axis over which it is split by hand
-    gather: bool = True  # whether the label's logit may be gathered, which on a mesh costs communication
+    branch: bool = True  # whether to look for the maximum only where it is needed
 
     def sum(self, a: Array) -> Array:
         here = jnp.sum(a, -1, keepdims=True)
@@ -152,7 +152,8 @@ def elsewhere(z: Array, y: Array) -> Array:
     """0 at the label, 1 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
     # Beyond 2²⁴ not every whole number is a float32.
     dtype = z.dtype if z.shape[-1] <= 2**24 else jnp.int32
-    distance = lax.broadcasted_iota(dtype, z.shape, z.ndim - 1) - y[..., None].astype(dtype)
+    # One row of places: JAX moves out of a loop what is the same in every step, and then keeps it.
+    distance = jnp.arange(z.shape[-1], dtype=dtype) - y[..., None].astype(dtype)
     return jnp.minimum(jnp.abs(distance), 1).astype(z.dtype)
 
 
@@ -160,20 +161,12 @@ def at_label(z: Array, y: Array, classes: Classes) -> Array:
     """z_y, with the class axis kept; infinite if it is the largest number."""
     largest = float(jnp.finfo(z.dtype).max)
 
-    def summed(z: Array, y: Array) -> Array:
-        # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
-        z = finite(z)
-        return classes.sum(z * (1 - elsewhere(z, y)))
-
-    def gathered(z: Array, y: Array) -> Array:
-        return finite(jnp.take_along_axis(z, y[..., None], -1, mode="clip"))
-
-    if classes.axis_name is not None or not classes.gather or any(jax.typeof(z).sharding.spec):
-        z_y = summed(z, y)
+    if classes.axis_name is None and not any(jax.typeof(z).sharding.spec):
+        z_y = finite(jnp.take_along_axis(z, y[..., None], -1, mode="clip"))
     else:
-        # Where it reads one number a row instead of all. XLA would have to communicate for it on a mesh, which shows
-        # in the type if its axes are explicit.
-        z_y = lax.platform_dependent(z, y, cpu=gathered, default=summed)
+        # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
+        # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
+        z_y = classes.sum(finite(z) * (1 - elsewhere(z, y)))
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
 
@@ -192,6 +185,8 @@ def label_sums(z: Array, y: Array, live: Array | None, classes: Classes) -> tupl
         # The minimum changes +inf alone.
         return LabelSums(peak, jnp.exp(jnp.minimum(z_y, peak) - peak), others_about(peak, jnp.minimum(z, peak), y))
 
+    if not classes.branch:
+        return z_y, about_maximum(z, y, z_y, z_y)
     # About the label, no maximum need be found first, as long as nothing overflows: until the loss is 87.
     others = others_about(finite(z_y), z, y)
     in_range = (others < float(jnp.finfo(z.dtype).max) / 4) & (z_y > -jnp.inf)

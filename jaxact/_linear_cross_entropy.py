@@ -156,8 +156,8 @@ class _How(NamedTuple):
 
     @property
     def classes(self) -> Classes:
-        # Under jit on a mesh, the label's logit would be gathered from all devices.
-        return Classes(self.axis_name, gather=False)
+        # Beside the products a pass over logits is cheap, and a branch keeps XLA from reusing their memory.
+        return Classes(self.axis_name, branch=False)
 
     def product(self, a: Array, b: Array, over_a: int, over_b: int) -> Array:
         """The sum over one axis of each, accumulated."""
