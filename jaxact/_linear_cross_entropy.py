@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, masked, require_array
@@ -153,6 +154,10 @@ class _How(NamedTuple):
     precision: Any
     axis_name: AxisName
     extras: bool  # whether rows have an entropy and a prediction
+    batch: tuple[Any, ...] = ()  # the mesh axes over which the tokens of one sum are split
+
+    def over_batch(self, a: Array) -> Array:
+        return lax.psum(a, self.batch) if self.batch else a
 
     @property
     def classes(self) -> Classes:
@@ -232,34 +237,74 @@ def _of_any(
             raise ValueError(
                 f"token_weight must broadcast to the shape {shape} of labels, got {jnp.shape(token_weight)}."
             ) from None
-    y, exists = label_index(labels.ravel(), vocabulary, how.axis_name)
-    live = live.ravel()
+    options = options._replace(class_weight=options.weights(vocabulary, dtype))
+    return _on_mesh(how, reduction, x, w, (labels, live, weight), bias, options)
+
+
+def _on_mesh(how: _How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array | None, options: Options) -> Any:
+    """The loss; where the axes of the arrays' mesh are explicit, of each device's part, and then of all."""
+    sharding, place = jax.typeof(x).sharding, 1 if how.layout == "dv" else 0
+    split = _names(jax.typeof(w).sharding.spec[place])
+    # A mesh axis that splits the classes cannot split the tokens too.
+    batch = [tuple(name for name in _names(entry) if name not in split) for entry in sharding.spec[:-1]]
+    names = tuple(name for entry in batch for name in entry)
+    if not (split or names):
+        return _loss(how, reduction, x, w, tokens, bias, options)
+    mesh = sharding.mesh if names else jax.typeof(w).sharding.mesh
+    by_class, by_token = P(split or None), P(*(entry or None for entry in batch))
+    of_options = Options(P(), P(), P(), P(), by_class)
+    specs = (P(*by_token, None), P(None, *by_class) if place else P(*by_class, None), by_token, by_class, of_options)
+    here = how._replace(axis_name=split or None, batch=names)
+    out = P() if reduction != "none" else by_token
+    of_device = jax.shard_map(
+        functools.partial(_loss, here, reduction),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(out, Auxiliary(*[by_token] * 4, P())) if how.extras else out,
+    )
+    arguments = (x, w, tokens, bias, options)
+    leaves, tree = jax.tree.flatten(arguments)
+    wanted = [NamedSharding(mesh, spec) for spec in _along(specs, arguments)]
+    return of_device(*tree.unflatten([jax.sharding.reshard(a, to) for a, to in zip(leaves, wanted, strict=True)]))
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    """The mesh axes of one entry of a partition."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _along(prefix: Any, tree: Any) -> list[Any]:
+    """What the prefix of a tree says of each leaf."""
+    return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
+
+
+def _loss(how: _How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array | None, options: Options) -> Any:
+    labels, live, weight = tokens
+    shape, dtype = labels.shape, weight.dtype
+    labels, live, weight = labels.ravel(), live.ravel(), weight.ravel()
+    y, exists = label_index(labels, w.shape[how.layout == "dv"], how.axis_name)
     # As a factor nan reaches the gradient too.
-    weight = jnp.where(live, jnp.where(exists, weight.ravel(), jnp.nan), 0)
-    operands, tokens = _Operands(x.reshape(-1, features), w, bias, options), _Tokens(y, live)
+    weight = jnp.where(live, jnp.where(exists, weight, jnp.nan), 0)
+    given = _Operands(x.reshape(-1, x.shape[-1]), w, bias, options), _Tokens(y, live)
     loss: Array
     if reduction == "none" or how.extras:
-        rows = _attached(how, operands, tokens, _sweep(how, lax.stop_gradient(operands), tokens)[0])
+        rows = _attached(how, *given, _sweep(how, lax.stop_gradient(given[0]), given[1])[0])
     if reduction == "none":
         loss = (rows.loss * weight).reshape(shape)
     else:
         share = jnp.ones((), dtype)
         if reduction == "mean":
-            by_class = at_index(options.weights(vocabulary, dtype), y, how.axis_name)
-            total = jnp.sum(weight if by_class is None else jnp.where(live, weight * by_class, 0))
+            by_class = at_index(options.class_weight, y, how.axis_name)
+            total = how.over_batch(jnp.sum(weight if by_class is None else jnp.where(live, weight * by_class, 0)))
             share = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
-        if x.dtype == jnp.float16:
-            # The cotangents of the logits divided by the number of tokens could vanish in it.
-            loss = share * _total(how._replace(extras=False), operands, tokens, weight)
-        else:
-            loss = _total(how._replace(extras=False), operands, tokens, share * weight)
+        # The cotangents of the logits divided by the number of tokens could vanish in float16.
+        late, early = (share, 1) if x.dtype == jnp.float16 else (1, share)
+        loss = late * how.over_batch(_total(how._replace(extras=False), *given, early * weight))
     if not how.extras:
         return loss
-    number = rows.predicted
-    correct = live & exists & (number == labels.ravel())
-    valid = jnp.sum(live)
-    fields = (rows.lse, rows.entropy, jnp.where(live, number, -1), correct)
-    return loss, Auxiliary(*(a.reshape(shape) for a in fields), valid)
+    number = jnp.where(live, rows.predicted, -1)
+    fields = (rows.lse, rows.entropy, number, live & exists & (number == labels))
+    return loss, Auxiliary(*(a.reshape(shape) for a in fields), how.over_batch(jnp.sum(live)))
 
 
 @forward_mode
@@ -278,12 +323,12 @@ def _total_fwd(how: _How, *arguments: Any) -> Any:
     # are at hand.
     moving, (operands, tokens, weight) = _asked_for(arguments[0]), _values(arguments)
     rows, gradients = _sweep(how, operands, tokens, _Rows(weight, jnp.zeros_like(weight)), moving)
-    return _weighted(rows.loss, weight), (gradients, _dtypes(gradients, operands), rows.loss)
+    return _weighted(rows.loss, weight), (gradients, _samples(operands), rows.loss)
 
 
 def _total_bwd(how: _How, residuals: Any, g: Array) -> Any:
-    gradients, dtypes, loss = residuals
-    return jax.tree.map(lambda a, like: (g * a).astype(like.dtype), gradients, dtypes), None, g * loss
+    gradients, samples, loss = residuals
+    return _cotangents(how, jax.tree.map(lambda a: g * a, gradients), samples), None, g * loss
 
 
 _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
@@ -309,7 +354,7 @@ def _attached_bwd(how: _How, residuals: Any, g: _Rows) -> Any:
     tree = jax.tree.structure(operands)
     moving = tree.unflatten([a is not None for a in tree.flatten_up_to(asked)])
     _, gradients = _sweep(how, operands, tokens, g._replace(predicted=None), moving)
-    return jax.tree.map(lambda a, like: a.astype(like.dtype), gradients, _dtypes(gradients, operands)), None, None
+    return _cotangents(how, gradients, _samples(operands)), None, None
 
 
 _attached.defvjp(_attached_fwd, _attached_bwd, symbolic_zeros=True)
@@ -328,12 +373,30 @@ def _is_leaf(a: Any) -> bool:
     return hasattr(a, "perturbed")
 
 
-def _dtypes(gradients: Any, operands: Any) -> Any:
-    """Empty arrays of the dtypes in which the gradients are to be returned."""
-    tree: Any
-    leaves, tree = jax.tree.flatten(operands)
-    pairs = zip(leaves, tree.flatten_up_to(gradients), strict=True)
-    return tree.unflatten([None if g is None else jnp.zeros(0, jnp.result_type(a)) for a, g in pairs])
+def _samples(operands: Any) -> Any:
+    """Nothing of each operand, but for its type."""
+    return jax.tree.map(lambda a: jnp.ravel(a)[:0], operands)
+
+
+def _cotangents(how: _How, gradients: Any, samples: Any) -> Any:
+    """The gradients in the types of their operands.
+
+    They are summed over the devices that hold the same operand here: once, and not for each chunk.
+    """
+    tracked = how.axis_name is None or _varying(samples.w)
+
+    def typed(g: Array | None, sample: Array, split: bool) -> Array | None:
+        if g is None:
+            return None
+        # With check_vma=False, `shard_map` keeps no track. What is not split along with the classes is then the same.
+        extra = tuple(_varying(g) - _varying(sample)) if tracked else () if split else how.axis_name
+        return (lax.psum(g, extra) if extra else g).astype(sample.dtype)
+
+    tree = jax.tree.structure(samples)
+    by_class = _Operands(False, True, True, Options(False, False, False, False, True))
+    return tree.unflatten(
+        map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), _along(by_class, samples))
+    )
 
 
 def _sweep(
@@ -362,12 +425,19 @@ def _sweep(
         operands._replace(x=None),
         _nothing(operands) if moving is None else moving._replace(x=None),
     )
+    axes = frozenset[Any]().union(*map(_varying, jax.tree.leaves((operands, tokens, g))))
+    sums = jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, sums)
     sums, (rows, x_bar) = lax.scan(step, sums, split)
     rows, x_bar = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(size * count, *a.shape[2:]), (rows, x_bar))
     if size * count < n:
         sums, last = step(sums, rest)
         rows, x_bar = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (rows, x_bar), last)
     return rows, sums._replace(x=x_bar)
+
+
+def _varying(a: Any) -> frozenset[Any]:
+    """The mesh axes along which devices hold different values, inside `shard_map`."""
+    return jax.typeof(a).mat.varying
 
 
 def _nothing(operands: _Operands) -> Any:
