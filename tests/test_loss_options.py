@@ -133,3 +133,97 @@ BAD: list[tuple[Any, str, dict[str, Any], type[Exception]]] = [
 def test_errors_name_the_argument(f: Any, name: str, arguments: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"^{name}\b"):
         f(**{"logits": ROWS, "labels": LABELS} | arguments)
+
+
+# Derivatives in options, and options together with infinities.
+
+
+def test_derivatives_in_options_where_rows_do_not_count(x64: None) -> None:
+    x, y = np.concatenate([X, np.full((1, 5), NAN)]), np.append(Y, -100)
+    live = y >= 0
+
+    def run(options: dict[str, Any], loss: Any) -> Any:
+        return jax.grad(lambda options: loss(**options).sum())(options)
+
+    want = run(OPTIONS, functools.partial(integer_loss, X, Y))
+    soft = run(OPTIONS, functools.partial(dense_loss, X, SOFT))
+    for got, of_others in (
+        (run(OPTIONS, functools.partial(integer_loss, x, y, ignore_index=-100)), want),
+        (run(OPTIONS, functools.partial(integer_loss, x, y % 5, where=live)), want),
+        (run(OPTIONS, functools.partial(dense_loss, x, np.append(SOFT, SOFT[:1], 0), where=live)), soft),
+    ):
+        for name in OPTIONS:
+            # A row more of zeros: other roundings of sums of some 20 terms.
+            np.testing.assert_allclose(got[name], of_others[name], rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["temperature", "logit_softcap"])
+@pytest.mark.parametrize("labels", ["integer", "soft"])
+def test_derivatives_in_temperature_and_softcap_where_classes_are_masked(labels: str, name: str, x64: None) -> None:
+    q = np.eye(5)[Y] if labels == "integer" else SOFT
+    want = oracles.complex_step(
+        lambda **a: oracles.cross_entropy(X, q, CLASSES, **a).sum(), {name: OPTIONS[name]}, name
+    )
+    for x, where in ((X, CLASSES), (np.where(CLASSES, X, -INF), None), (np.where(CLASSES, X, NAN), CLASSES)):
+        if where is None and labels == "soft":
+            continue  # there the labels of what does not exist make the loss infinite
+        loss = functools.partial(integer_loss, x, Y) if labels == "integer" else functools.partial(dense_loss, x, q)
+        got = jax.grad(lambda a, loss=loss, where=where: loss(where=where, **{name: a}).sum())(OPTIONS[name])
+        np.testing.assert_allclose(float(got), want, rtol=1e-12)  # as above
+
+
+def test_ignore_index_that_the_labels_cannot_hold() -> None:
+    # −100 is 156 in uint8, and that is a class of its own.
+    x, y = jnp.zeros((1, 200)), jnp.array([156], jnp.uint8)
+    np.testing.assert_allclose(np.asarray(integer_loss(x, y, ignore_index=-100)), np.log(200), rtol=8 * U)
+
+
+def test_what_has_no_weight_does_not_matter_even_at_infinity() -> None:
+    x, one_hot = jnp.array([0.0, -INF]), jnp.array([0.0, 1.0])
+    options: list[dict[str, Any]] = [{"label_smoothing": 1.0}, {"class_weight": jnp.array([1.0, 0.0])}]
+    for given in options:
+        assert integer_loss(x, 1, **given) == 0
+        assert dense_loss(x, one_hot, **given) == 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_infinite_logits_with_smoothing_and_z_loss(label: int) -> None:
+    # Smoothing gives a class a share whose −log p is infinite.
+    x, one_hot = jnp.array([INF, 1.0, 0.0]), jnp.eye(3)[label]
+    for loss in (lambda x, **o: integer_loss(x, label, **o), lambda x, **o: dense_loss(x, one_hot, **o)):
+        assert loss(x, label_smoothing=0.1) == INF
+        assert loss(x, z_loss=0.1) == INF
+        assert not jnp.isnan(jax.grad(lambda x, loss=loss: loss(x, z_loss=0.1))(x)).any()
+
+
+def test_gradient_of_an_impossible_label_is_that_of_the_others() -> None:
+    x = jnp.array([0.0, -INF, 1.0])
+    want = jax.grad(lambda x: integer_loss(x, 1))(x)  # p, since the loss is −log p_y
+    got = jax.grad(lambda x: dense_loss(x, jnp.array([0.0, 1.0, 0.0])))(x)
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=8 * U)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 2.5])
+def test_second_derivatives_of_the_focal_loss_are_numbers(gamma: float) -> None:
+    x = jnp.array([30.0, 45.0, 60.0, 80.0, 90.0, 200.0, 1e4])
+    for y in (0.0, 1.0):
+        second = jax.vmap(jax.hessian(lambda x, y=y: focal_loss(x, y, gamma=gamma)))
+        assert jnp.isfinite(second(x)).all()
+        assert jnp.isfinite(second(-x)).all()
+
+
+def test_derivative_of_the_focal_loss_in_gamma() -> None:
+    # log(q) q^γ BCE with q = σ(−m): log q is −log(1 + e^m). Two products, and two logarithms of an ulp or two.
+    for x in (3.0, 20.0, -20.0, 200.0):
+        for gamma in (0.0, 2.0):
+            softplus, loss = np.logaddexp(0, x), np.logaddexp(0, -x)
+            got = jax.grad(lambda g, x=x: focal_loss(x, 1, gamma=g))(gamma)
+            want = -softplus * np.exp(-gamma * softplus) * loss
+            np.testing.assert_allclose(float(got), want, rtol=(32 + 2 * gamma * abs(x)) * U, atol=2.0**-126)
+
+
+def test_a_list_as_mask_is_refused() -> None:
+    no_mask: Any = [[True, True, False]] * 2
+    for f, labels in ((integer_loss, LABELS), (dense_loss, ROWS), (binary_loss, ROWS)):
+        with pytest.raises(TypeError, match=r"^where"):
+            f(ROWS, labels, where=no_mask)

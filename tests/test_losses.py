@@ -207,7 +207,8 @@ def test_rows_that_do_not_count_and_weights_of_0() -> None:
         np.testing.assert_allclose(np.asarray(f(x)), [0, np.log(2)], rtol=2 * U)
         assert jax.grad(lambda x, f=f: f(x).sum())(x).tolist() == [[0, 0, 0], [0.5, -0.5, 0]]
     assert integer_loss(jnp.array([0.0, -INF]), 1, class_weight=jnp.array([1.0, 0.0])) == 0
-    for f in (binary_loss, focal_loss):
+    elementwise: tuple[Any, ...] = (binary_loss, focal_loss)
+    for f in elementwise:
         value, gradient = jax.vmap(jax.value_and_grad(f))(jnp.zeros(5), jnp.array([-0.1, 1.1, NAN, 0.0, 1.0]))
         assert jnp.isnan(value).tolist() == jnp.isnan(gradient).tolist() == [True, True, True, False, False]
 
