@@ -148,3 +148,47 @@ def points(name: str, dtype: Any) -> np.ndarray:
     # Zeros, infinities and nan have their own test, and XLA reads subnormal numbers as 0.
     normal = np.isfinite(wide) & (np.abs(wide) >= float(ml_dtypes.finfo(dtype).smallest_normal))
     return x[normal & (wide < 1)] if name == "logit" else x[normal]
+
+
+def label_cross_entropy(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Value and gradient of −log p_y, and what rounding z_j − z_y changes in them, in units of the unit roundoff u.
+
+    A rounded difference is (z_j − z_y)(1 + δ) with |δ| ≤ u, and ∂loss/∂(z_j − z_y) = p_j. So the loss is off by up to
+    u Σ p_j |z_j − z_y|, and e^(z_j − c), relatively, by u |z_j − c|, whether c is z_y or the maximum.
+    """
+    x, here = np.asarray(x, np.float64), np.arange(x.shape[-1]) == y[:, None]
+    d = x - x[here][:, None]
+    others = np.logaddexp.reduce(np.where(here, -np.inf, d), -1, keepdims=True)
+    loss, rest = np.logaddexp(0, others), np.exp(-np.logaddexp(0, -others))  # rest is 1 − p_y, without the 1
+    p = np.exp(d - loss)
+    off = (p * abs(d)).sum(-1, keepdims=True)
+    moved = np.where(here, off, p * (abs(d) + d.max(-1, keepdims=True) - d + off))
+    return loss[:, 0], np.where(here, -rest, p), off[:, 0], moved
+
+
+def focal_loss(x: np.ndarray, positive: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Value and slope of q^γ·log(1 + e^−m), m = ±x and q = σ(−m): binary cross-entropy for γ = 0."""
+    x, sign = np.asarray(x, np.float64), np.where(positive, 1, -1)
+    loss, q = np.logaddexp(0, -sign * x), np.exp(-np.logaddexp(0, sign * x))
+    return q**gamma * loss, -sign * q**gamma * (q + gamma * np.exp(-loss) * loss)
+
+
+def cross_entropy(x: Any, labels: Any, where: Any = True, **options: Any) -> Any:
+    """−Σ labels·log p of ordinary logits with every option of the losses, in plain NumPy that takes complex numbers."""
+    cap, w, e = options.get("logit_softcap"), options.get("class_weight", 1), options.get("label_smoothing", 0)
+    z = (x if cap is None else cap * np.tanh(x / cap)) / options.get("temperature", 1)
+    exist = np.broadcast_to(where, x.shape)
+    lse = np.log((exist * np.exp(z)).sum(-1, keepdims=True))
+    q = exist * ((1 - e) * labels + e / exist.sum(-1, keepdims=True))
+    return (w * q * (lse - z)).sum(-1) + options.get("z_loss", 0) * lse[..., 0] ** 2
+
+
+def complex_step(f: Callable[..., Any], arguments: dict[str, Any], name: str) -> np.ndarray:
+    """The derivative of f(**arguments) in one of them: the imaginary part of f(a + ih)/h, which is no difference."""
+    at = np.asarray(arguments[name], complex)
+    gradient = np.zeros(at.shape)
+    for i in np.ndindex(at.shape):
+        moved = at.copy()
+        moved[i] += 1e-30j
+        gradient[i] = f(**arguments | {name: moved}).imag / 1e-30
+    return gradient

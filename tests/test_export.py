@@ -10,6 +10,7 @@ import pytest
 from jax import Array
 
 import jaxact
+from jaxact import losses
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -24,6 +25,10 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "log_softmax": jaxact.log_softmax,
     "logsumexp": lambda x: jaxact.logsumexp(x, axis=-1),
     "weighted_logsumexp": lambda x: jaxact.logsumexp(x, axis=-1, b=x * x + jnp.asarray(1, x.dtype)),
+    "integer_loss": lambda x: losses.softmax_cross_entropy_with_integer_labels(x, jnp.full(x.shape[:-1], 2)),
+    "dense_loss": lambda x: losses.softmax_cross_entropy(x, jnp.array([0.5, 0.25, 0, 0.25], x.dtype)),
+    "binary_loss": lambda x: losses.sigmoid_binary_cross_entropy(x, jnp.array([0, 1, 0, 1])),
+    "focal_loss": lambda x: losses.sigmoid_focal_loss(x, jnp.array([0, 1, 0, 1]), gamma=2.0),
 }
 
 

@@ -1,0 +1,229 @@
+"""Every option of the losses, alone and together, against a dense formula; axes and agreement with optax; errors."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+from jaxact import losses
+
+INF, NAN, U = float("inf"), float("nan"), 2.0**-24
+integer_loss, dense_loss = losses.softmax_cross_entropy_with_integer_labels, losses.softmax_cross_entropy
+binary_loss, focal_loss = losses.sigmoid_binary_cross_entropy, losses.sigmoid_focal_loss
+
+# Options, in float64 against a dense formula that is differentiated by a complex step.
+
+X = np.random.default_rng(2).normal(size=(4, 5)) * 3
+Y, SOFT = np.array([0, 3, 1, 4]), np.random.default_rng(3).dirichlet(np.ones(5), 4)
+CLASSES = np.array([[1, 1, 0, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]], bool)
+WEIGHTS, COTANGENT = np.array([0.5, 2.0, 1.5, 0.25, 3.0]), np.arange(1.0, 5)
+OPTIONS = {"temperature": 0.7, "label_smoothing": 0.1, "z_loss": 0.2, "logit_softcap": 4.0, "class_weight": WEIGHTS}
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "all"])
+@pytest.mark.parametrize("labels", ["integer", "soft"])
+def test_options(labels: str, name: str, x64: None) -> None:
+    options = OPTIONS if name == "all" else {name: OPTIONS[name]}
+    where = CLASSES if name in ("all", "label_smoothing") else None
+    arguments: dict[str, Any] = {"x": X, "labels": np.eye(5)[Y] if labels == "integer" else SOFT} | options
+    # Without those in temperature and cap where classes are masked: these have a test of their own below.
+    moving = [a for a in arguments if not (a == "labels" and labels == "integer")]
+    moving = [a for a in moving if where is None or a not in ("temperature", "logit_softcap")]
+
+    def f(given: dict[str, Any]) -> Any:
+        given = arguments | given
+        x, dense = given.pop("x"), given.pop("labels")
+        if labels == "integer":
+            loss = integer_loss(x, Y, where=where, **given)
+        else:
+            loss = dense_loss(x, dense, where=where, **given)
+        return loss @ COTANGENT, loss
+
+    exact = functools.partial(oracles.cross_entropy, where=True if where is None else where)
+    (_, got), gradient = jax.jit(jax.value_and_grad(f, has_aux=True))({a: arguments[a] for a in moving})
+    # float64: about 100 roundings of numbers up to 100 times the result.
+    np.testing.assert_allclose(np.asarray(got), exact(**arguments), rtol=1e-12)
+    for a in moving:
+        want = oracles.complex_step(lambda **given: exact(**given) @ COTANGENT, arguments, a)
+        np.testing.assert_allclose(np.asarray(gradient[a]), want, rtol=1e-12, atol=1e-13, err_msg=a)
+
+
+@pytest.mark.parametrize("axis", [1, (2, 0), None])
+def test_axis_and_agreement_with_optax(axis: Any) -> None:
+    x = np.random.default_rng(4).normal(size=(3, 4, 2)).astype(np.float32)
+    axes = (0, 1, 2) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    order = tuple(a for a in range(3) if a not in axes) + axes  # a label is the index in the order given
+    moved = x.transpose(order)
+    flat = moved.reshape(*moved.shape[: 3 - len(axes)], -1)
+    y = np.random.default_rng(5).integers(0, flat.shape[-1], flat.shape[:-1])
+    hot = np.eye(flat.shape[-1], dtype=np.float32)[y]
+    dense = hot.reshape(moved.shape).transpose(np.argsort(order))
+    for where in (None, (dense > 0) | (x > -0.5)):
+        shown = True if where is None else where.transpose(order).reshape(flat.shape)
+        want = oracles.cross_entropy(np.float64(flat), hot, shown)
+        # 14 ulp as above, and the differences of ordinary logits.
+        np.testing.assert_allclose(np.asarray(integer_loss(x, y, axis, where)), want, rtol=32 * U)
+        np.testing.assert_allclose(np.asarray(dense_loss(x, dense, axis, where)), want, rtol=32 * U)
+        # Of log Σ e^z − z_y the error is relative to its terms, which are below 4.
+        theirs = [optax.losses.softmax_cross_entropy(x, dense, axis, where)]
+        if axis is not None:  # which only the dense one takes
+            theirs.append(optax.losses.softmax_cross_entropy_with_integer_labels(x, y, axis, where))
+        for got in theirs:
+            np.testing.assert_allclose(np.asarray(got), want, rtol=32 * U, atol=32 * U)
+
+
+def test_binary_losses_agree_with_optax() -> None:
+    x, y = np.float32(X), np.float32(SOFT)
+    pairs = [(binary_loss(x, y), optax.losses.sigmoid_binary_cross_entropy(x, y))]
+    for options in ({}, {"alpha": 0.25}, {"alpha": 0.25, "gamma": 1.5}, {"gamma": 0.0}, {"gamma": 3}):
+        pairs.append((focal_loss(x, y, **options), optax.losses.sigmoid_focal_loss(x, y, **options)))
+    for got, want in pairs:
+        # optax subtracts p_t ≤ 0.999 from 1, and takes the third power of the difference.
+        np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=3 * 1000 * U)
+
+
+def test_options_of_the_binary_loss(x64: None) -> None:
+    mask, y, rtol = X > -2, 0.8 * SOFT + 0.1, 16 * 2.0**-53  # terms of one sign, and sums of four
+    want = np.where(mask, WEIGHTS * y * np.logaddexp(0, -X) + (1 - y) * np.logaddexp(0, X), 0)
+    got = binary_loss(np.where(mask, X, NAN), SOFT, pos_weight=WEIGHTS, label_smoothing=0.2, where=mask)
+    np.testing.assert_allclose(np.asarray(got), want, rtol=rtol)
+    by_label, by_weight = jax.grad(lambda y, w: binary_loss(X, y, pos_weight=w).sum(), (0, 1))(SOFT, WEIGHTS)
+    np.testing.assert_allclose(by_label, WEIGHTS * np.logaddexp(0, -X) - np.logaddexp(0, X), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(by_weight, (SOFT * np.logaddexp(0, -X)).sum(0), rtol=rtol)
+
+
+# Errors.
+
+ROWS, LABELS = jnp.zeros((2, 3)), jnp.zeros(2, int)
+BAD: list[tuple[Any, str, dict[str, Any], type[Exception]]] = [
+    (integer_loss, "logits", {"logits": ROWS + 0j}, TypeError),
+    (integer_loss, "logits", {"logits": [[0.0, 0.0]]}, TypeError),
+    (integer_loss, "labels", {"labels": [0, 1]}, TypeError),
+    (integer_loss, "labels", {"labels": jnp.zeros(2)}, TypeError),
+    (integer_loss, "labels", {"labels": jnp.zeros(2, bool)}, TypeError),
+    (integer_loss, "labels", {"labels": jnp.zeros(3, int)}, ValueError),
+    (integer_loss, "axis", {"axis": 2}, ValueError),
+    (integer_loss, "axis", {"axis": (0, -2)}, ValueError),
+    (integer_loss, "axis", {"axis": 0.5}, TypeError),
+    (integer_loss, "where", {"where": jnp.ones((2, 3))}, TypeError),
+    (integer_loss, "where", {"where": jnp.ones((3, 3), bool)}, ValueError),
+    (integer_loss, "ignore_index", {"ignore_index": 0.5}, TypeError),
+    (integer_loss, "label_smoothing", {"label_smoothing": 2}, ValueError),
+    (integer_loss, "temperature", {"temperature": 0}, ValueError),
+    (integer_loss, "temperature", {"temperature": "warm"}, TypeError),
+    (integer_loss, "z_loss", {"z_loss": -1e-4}, ValueError),
+    (integer_loss, "logit_softcap", {"logit_softcap": jnp.ones(2)}, ValueError),
+    (integer_loss, "class_weight", {"class_weight": jnp.ones(2)}, ValueError),
+    (dense_loss, "labels", {"labels": jnp.zeros((2, 2))}, ValueError),
+    (dense_loss, "labels", {"labels": jnp.zeros((2, 3), complex)}, TypeError),
+    (dense_loss, "class_weight", {"labels": ROWS, "class_weight": jnp.ones((2, 3))}, ValueError),
+    (binary_loss, "labels", {"labels": jnp.zeros(2)}, ValueError),
+    (binary_loss, "pos_weight", {"labels": ROWS, "pos_weight": jnp.ones(2)}, ValueError),
+    (focal_loss, "alpha", {"labels": ROWS, "alpha": jnp.ones(2)}, ValueError),
+    (focal_loss, "gamma", {"labels": ROWS, "gamma": -1}, ValueError),
+]
+
+
+@pytest.mark.parametrize(("f", "name", "arguments", "error"), BAD)
+def test_errors_name_the_argument(f: Any, name: str, arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{name}\b"):
+        f(**{"logits": ROWS, "labels": LABELS} | arguments)
+
+
+# Derivatives in options, and options together with infinities.
+
+
+def test_derivatives_in_options_where_rows_do_not_count(x64: None) -> None:
+    x, y = np.concatenate([X, np.full((1, 5), NAN)]), np.append(Y, -100)
+    live = y >= 0
+
+    def run(options: dict[str, Any], loss: Any) -> Any:
+        return jax.grad(lambda options: loss(**options).sum())(options)
+
+    want = run(OPTIONS, functools.partial(integer_loss, X, Y))
+    soft = run(OPTIONS, functools.partial(dense_loss, X, SOFT))
+    for got, of_others in (
+        (run(OPTIONS, functools.partial(integer_loss, x, y, ignore_index=-100)), want),
+        (run(OPTIONS, functools.partial(integer_loss, x, y % 5, where=live)), want),
+        (run(OPTIONS, functools.partial(dense_loss, x, np.append(SOFT, SOFT[:1], 0), where=live)), soft),
+    ):
+        for name in OPTIONS:
+            # A row more of zeros: other roundings of sums of some 20 terms.
+            np.testing.assert_allclose(got[name], of_others[name], rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["temperature", "logit_softcap"])
+@pytest.mark.parametrize("labels", ["integer", "soft"])
+def test_derivatives_in_temperature_and_softcap_where_classes_are_masked(labels: str, name: str, x64: None) -> None:
+    q = np.eye(5)[Y] if labels == "integer" else SOFT
+    want = oracles.complex_step(
+        lambda **a: oracles.cross_entropy(X, q, CLASSES, **a).sum(), {name: OPTIONS[name]}, name
+    )
+    for x, where in ((X, CLASSES), (np.where(CLASSES, X, -INF), None), (np.where(CLASSES, X, NAN), CLASSES)):
+        if where is None and labels == "soft":
+            continue  # there the labels of what does not exist make the loss infinite
+        loss = functools.partial(integer_loss, x, Y) if labels == "integer" else functools.partial(dense_loss, x, q)
+        got = jax.grad(lambda a, loss=loss, where=where: loss(where=where, **{name: a}).sum())(OPTIONS[name])
+        np.testing.assert_allclose(float(got), want, rtol=1e-12)  # as above
+
+
+def test_ignore_index_that_the_labels_cannot_hold() -> None:
+    # −100 is 156 in uint8, and that is a class of its own.
+    x, y = jnp.zeros((1, 200)), jnp.array([156], jnp.uint8)
+    np.testing.assert_allclose(np.asarray(integer_loss(x, y, ignore_index=-100)), np.log(200), rtol=8 * U)
+
+
+def test_what_has_no_weight_does_not_matter_even_at_infinity() -> None:
+    x, one_hot = jnp.array([0.0, -INF]), jnp.array([0.0, 1.0])
+    options: list[dict[str, Any]] = [{"label_smoothing": 1.0}, {"class_weight": jnp.array([1.0, 0.0])}]
+    for given in options:
+        assert integer_loss(x, 1, **given) == 0
+        assert dense_loss(x, one_hot, **given) == 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_infinite_logits_with_smoothing_and_z_loss(label: int) -> None:
+    # Smoothing gives a class a share whose −log p is infinite.
+    x, one_hot = jnp.array([INF, 1.0, 0.0]), jnp.eye(3)[label]
+    for loss in (lambda x, **o: integer_loss(x, label, **o), lambda x, **o: dense_loss(x, one_hot, **o)):
+        assert loss(x, label_smoothing=0.1) == INF
+        assert loss(x, z_loss=0.1) == INF
+        assert not jnp.isnan(jax.grad(lambda x, loss=loss: loss(x, z_loss=0.1))(x)).any()
+
+
+def test_gradient_of_an_impossible_label_is_that_of_the_others() -> None:
+    x = jnp.array([0.0, -INF, 1.0])
+    want = jax.grad(lambda x: integer_loss(x, 1))(x)  # p, since the loss is −log p_y
+    got = jax.grad(lambda x: dense_loss(x, jnp.array([0.0, 1.0, 0.0])))(x)
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=8 * U)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 2.5])
+def test_second_derivatives_of_the_focal_loss_are_numbers(gamma: float) -> None:
+    x = jnp.array([30.0, 45.0, 60.0, 80.0, 90.0, 200.0, 1e4])
+    for y in (0.0, 1.0):
+        second = jax.vmap(jax.hessian(lambda x, y=y: focal_loss(x, y, gamma=gamma)))
+        assert jnp.isfinite(second(x)).all()
+        assert jnp.isfinite(second(-x)).all()
+
+
+def test_derivative_of_the_focal_loss_in_gamma() -> None:
+    # log(q) q^γ BCE with q = σ(−m): log q is −log(1 + e^m). Two products, and two logarithms of an ulp or two.
+    for x in (3.0, 20.0, -20.0, 200.0):
+        for gamma in (0.0, 2.0):
+            softplus, loss = np.logaddexp(0, x), np.logaddexp(0, -x)
+            got = jax.grad(lambda g, x=x: focal_loss(x, 1, gamma=g))(gamma)
+            want = -softplus * np.exp(-gamma * softplus) * loss
+            np.testing.assert_allclose(float(got), want, rtol=(32 + 2 * gamma * abs(x)) * U, atol=2.0**-126)
+
+
+def test_a_list_as_mask_is_refused() -> None:
+    no_mask: Any = [[True, True, False]] * 2
+    for f, labels in ((integer_loss, LABELS), (dense_loss, ROWS), (binary_loss, ROWS)):
+        with pytest.raises(TypeError, match=r"^where"):
+            f(ROWS, labels, where=no_mask)

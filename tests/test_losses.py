@@ -1,0 +1,223 @@
+"""The losses against float64 and mpmath: values, derivatives, options, policies and errors."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import oracles
+import pytest
+from jax._src.ad_checkpoint import saved_residuals
+
+from jaxact import losses, verify
+
+INF, NAN, LARGEST = float("inf"), float("nan"), float(np.finfo(np.float32).max)
+integer_loss, dense_loss = losses.softmax_cross_entropy_with_integer_labels, losses.softmax_cross_entropy
+binary_loss, focal_loss = losses.sigmoid_binary_cross_entropy, losses.sigmoid_focal_loss
+# The unit roundoff u; and what may be lost to underflow: XLA flushes subnormal float32 to 0, float16 has them.
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
+LOST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25, "float64": 2.0**-1022}
+U = UNIT["float32"]
+KINDS = pytest.mark.parametrize("kind", ["integer", "one-hot", "binary", "focal"])
+SCALES = pytest.mark.parametrize("scale", [1, 10, 30, "confident"])
+# The integer loss and the binary one have 4 ulp: log1p has one, its argument two, a last sum one. log_softmax has 12
+# (test_softmax.py), and the sum over the labels 2. The square of a sigmoid, of 1.5 ulp, and three products, 6 more.
+# Measured 2.5, 2.9, 2.6 and 6.4; of the gradients 5.1, 6.3, 2.3 and 6.3 u.
+ULPS = {"integer": 4, "one-hot": 14, "binary": 4, "focal": 10}
+
+
+def data(scale: float | str, dtype: str) -> tuple[Any, Any]:
+    """Logits (300, 7) and labels. In confident rows the label leads by 12, 20 or 60."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 7)), rng.integers(0, 7, 300)
+    if scale == "confident":
+        x[np.arange(300), y] = x.max(-1) + rng.choice([12, 20, 60], 300)
+        return jnp.asarray(x, dtype), y
+    return jnp.asarray(x * scale, dtype), y
+
+
+def of_class(kind: str) -> Any:
+    """The loss of logits (…, 7) and labels (…). For the binary ones the label's class is the positive one."""
+    dense: dict[str, Any] = {"one-hot": dense_loss, "binary": binary_loss, "focal": focal_loss}
+    return integer_loss if kind == "integer" else lambda x, y: dense[kind](x, jax.nn.one_hot(y, 7))
+
+
+@functools.cache
+def in_both_modes(kind: str) -> Any:
+    """Value, pushforward of v, and gradient, compiled."""
+
+    def run(x: Any, y: Any, v: Any) -> Any:
+        value, pushed = jax.jvp(lambda x: of_class(kind)(x, y), (x,), (v,))
+        return value, pushed, jax.grad(lambda x: of_class(kind)(x, y).sum())(x)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def mapped(kind: str) -> Any:
+    return jax.vmap(of_class(kind))
+
+
+def spacing(a: Any, dtype: str) -> Any:
+    return 2.0 ** np.floor(np.log2(np.maximum(abs(a), LOST[dtype]))) * 2 * UNIT[dtype]
+
+
+@KINDS
+@SCALES
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_and_gradients(kind: str, scale: float | str, dtype: str) -> None:
+    x, y = data(scale, dtype)
+    if kind in ("integer", "one-hot"):
+        value, gradient, off, moved = oracles.label_cross_entropy(np.asarray(x), y)
+    else:
+        value, gradient = oracles.focal_loss(np.asarray(x), np.eye(7)[y] == 1, 2 * (kind == "focal"))
+        off, moved = np.zeros(()), np.zeros(())
+    v = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), dtype)
+    got, pushed, slope = in_both_modes(kind)(x, y, v)
+    for loss in (got, of_class(kind)(x, y), mapped(kind)(x, y)) if dtype == "float32" else (got,):
+        assert loss.dtype == jnp.float32
+        # What 16-bit logits hold is exact, so that these are float32's errors for every dtype.
+        error = abs(np.asarray(loss, np.float64) - value)
+        assert (error <= ULPS[kind] * spacing(value, "float32") + U * off + LOST["float32"]).all(), np.max(error)
+    assert slope.dtype == x.dtype
+    # One ulp is up to 2 u.
+    error, rounding = abs(np.asarray(slope, np.float64) - gradient), 0.5 * spacing(gradient, dtype)
+    allowed = 2 * ULPS[kind] * U * abs(gradient) + U * moved + 2 * LOST[dtype]
+    assert (error <= allowed + rounding * (dtype != "float32")).all(), np.max(error)
+    # The pushforward is never rounded to 16 bits; its sum has as many roundings as terms.
+    terms, allowed = gradient * np.float64(v), (allowed + 8 * U * abs(gradient)) * abs(np.float64(v))
+    if got.ndim == 1:
+        terms, allowed = terms.sum(-1), allowed.sum(-1)
+    assert (abs(np.asarray(pushed, np.float64) - terms) <= allowed + LOST["float32"]).all()
+
+
+@jax.jit
+def of_label_0(x: Any) -> Any:
+    """Of [x, 0] and of x alone: value, gradient and Hessian of each loss."""
+    row, one_hot = jnp.stack([x, 0 * x]), jnp.array([1, 0], x.dtype)
+    return [
+        (f(at), jax.grad(f)(at), jax.hessian(f)(at))
+        for f, at in (
+            (lambda x: integer_loss(x, 0), row),
+            (lambda x: dense_loss(x, one_hot), row),
+            (lambda x: binary_loss(x, 1), x),
+            (lambda x: focal_loss(x, 1), x),
+        )
+    ]
+
+
+@pytest.mark.parametrize("gap", [-30.0, 0.3, 12.0, 20.0, 60.0, 200.0])
+def test_three_derivatives_against_mpmath(gap: float, x64: None) -> None:
+    for dtype in ("float64", "float32") if gap < 80 else ("float64",):
+        x = jnp.asarray(gap, dtype)
+        with mpmath.workdps(250):
+            at = mpmath.mpf(float(x))
+            loss, q = mpmath.log(1 + mpmath.exp(-at)), 1 / (1 + mpmath.exp(at))
+
+            def focal(x: Any) -> Any:
+                return mpmath.log(1 + mpmath.exp(-x)) / (1 + mpmath.exp(x)) ** 2
+
+            two: Any = [loss, [-q, q], np.array([[1, -1], [-1, 1]]) * float(q * (1 - q))]
+            wanted: Any = [two, two, [loss, -q, q * (1 - q)], [mpmath.diff(focal, at, order) for order in range(3)]]
+        for ours, exact in zip(of_label_0(x), wanted, strict=True):
+            for got, number in zip(ours, exact, strict=True):
+                assert got.dtype == dtype
+                # Two probabilities of 6 u; of the focal loss three terms of one sign, at 0.3 of two, of 20 u each.
+                # And what is below the smallest number is lost.
+                want = np.array(number, float)
+                np.testing.assert_allclose(np.asarray(got), want, rtol=64 * UNIT[dtype], atol=2 * LOST[dtype])
+
+
+HOT, DIAGONAL = np.array([[1, 0, 0], [0, 1, 0], [0.25, 0.25, 0.5]], np.float32), np.arange(3, dtype=np.int32)
+RULES: dict[str, tuple[Any, Any]] = {  # and the textbook's formulas
+    "integer": (
+        lambda x: integer_loss(x, DIAGONAL),
+        lambda x: jnp.log(jnp.sum(jnp.exp(x), -1)) - jnp.sum(np.eye(3, dtype=np.float32) * x, -1),
+    ),
+    "dense": (
+        lambda x: dense_loss(x, HOT),
+        lambda x: jnp.sum(HOT * (jnp.log(jnp.sum(jnp.exp(x), -1, keepdims=True)) - x), -1),
+    ),
+    "binary": (
+        lambda x: binary_loss(x, HOT),
+        lambda x: HOT * jnp.log(1 + jnp.exp(-x)) + (1 - HOT) * jnp.log(1 + jnp.exp(x)),
+    ),
+    "focal": (
+        lambda x: focal_loss(x, 1, 0.25, 1.5),
+        lambda x: 0.25 * (1 + jnp.exp(x)) ** -1.5 * jnp.log(1 + jnp.exp(-x)),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_verified(name: str, dtype: str) -> None:
+    x = jnp.asarray([[14.0, 0, -5], [1, 2, 3], [0.5, 0, -20]], dtype)
+    verify.rule(RULES[name][0], x, reference=RULES[name][1], transforms=(), edges=None).raise_if_not_ok()
+
+
+# Policies.
+
+# Logits, label, loss, gradient.
+SPECIAL: list[tuple[list[float], int, float, list[float]]] = [
+    ([INF, 0, 1], 0, 0, [0, 0, 0]),
+    ([INF, 0, 1], 1, INF, [1, -1, 0]),
+    ([INF, INF, 1], 1, np.log(2), [0.5, -0.5, 0]),
+    ([0, -INF, 0], 1, INF, [0.5, 0, 0.5]),
+    ([-INF, -INF, -INF], 1, 0, [0, 0, 0]),
+    ([NAN, 0, 1], 1, NAN, [NAN, NAN, NAN]),
+    ([2.5, 2.5, -INF], 0, np.log(2), [-0.5, 0.5, 0]),
+    ([LARGEST, -LARGEST, 0], 0, 0, [0, 0, 0]),
+    ([LARGEST, -LARGEST, 0], 1, INF, [1, -1, 0]),
+    ([3e38, -3e38, 0], 2, float(np.float32(3e38)), [1, 0, -1]),
+    ([-LARGEST, -INF, -INF], 0, 0, [0, 0, 0]),
+]
+
+
+def test_special_rows_stay_alone() -> None:
+    x, y = jnp.array([row for row, *_ in SPECIAL]), jnp.array([label for _, label, *_ in SPECIAL])
+    integer = jax.value_and_grad(lambda x: (lambda loss: (loss.sum(), loss))(integer_loss(x, y)), has_aux=True)
+    (_, value), gradient = integer(x)
+    np.testing.assert_allclose(np.asarray(value), [want for *_, want, _ in SPECIAL], rtol=2 * U)
+    np.testing.assert_allclose(np.asarray(gradient), [want for *_, want in SPECIAL], rtol=2 * U)
+    np.testing.assert_allclose(np.asarray(dense_loss(x, jax.nn.one_hot(y, 3))), np.asarray(value), rtol=2 * U)
+    masked = integer_loss(jnp.full((2, 3), NAN), jnp.array([0, 1]), where=jnp.zeros((2, 3), bool))
+    assert masked.tolist() == [0, 0]
+
+
+def test_shapes_and_labels_of_every_dtype() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 300)), jnp.float32)
+    want = integer_loss(x, jnp.array([100, 7]))
+    for dtype in ("int8", "uint8", "uint32"):
+        np.testing.assert_array_equal(np.asarray(integer_loss(x, jnp.array([100, 7], dtype))), np.asarray(want))
+    assert jnp.isnan(integer_loss(x, jnp.array([-1, -128], jnp.int8))).all()
+    with jax.enable_x64(True):
+        assert jnp.isnan(integer_loss(x, jnp.array([2**32, 2**32 + 5]))).all()
+    assert integer_loss(jnp.zeros((0, 3)), jnp.zeros(0, int)).shape == (0,)
+    assert integer_loss(jnp.zeros((2, 1)), jnp.zeros(2, int)).tolist() == [0, 0]
+    assert [integer_loss(5.0, 0, None), dense_loss(5, 1, None), integer_loss(5, 0, ())] == [0, 0, 0]
+    assert binary_loss(0, True) == focal_loss(0, 1, gamma=0) == np.float32(np.log(2))
+
+
+def test_rows_that_do_not_count_and_weights_of_0() -> None:
+    x, y, live = jnp.array([[NAN, INF, 1.0], [0.0, 0.0, -INF]]), jnp.array([1, 1]), jnp.array([False, True])
+    for f in (lambda x: integer_loss(x, y, where=live), lambda x: dense_loss(x, jax.nn.one_hot(y, 3), where=live)):
+        np.testing.assert_allclose(np.asarray(f(x)), [0, np.log(2)], rtol=2 * U)
+        assert jax.grad(lambda x, f=f: f(x).sum())(x).tolist() == [[0, 0, 0], [0.5, -0.5, 0]]
+    assert integer_loss(jnp.array([0.0, -INF]), 1, class_weight=jnp.array([1.0, 0.0])) == 0
+    elementwise: tuple[Any, ...] = (binary_loss, focal_loss)
+    for f in elementwise:
+        value, gradient = jax.vmap(jax.value_and_grad(f))(jnp.zeros(5), jnp.array([-0.1, 1.1, NAN, 0.0, 1.0]))
+        assert jnp.isnan(value).tolist() == jnp.isnan(gradient).tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["integer", "binary", "focal"])
+def test_reverse_mode_keeps_logits_and_labels(kind: str) -> None:
+    x, hot, y = jnp.ones((8, 7)), jnp.ones((8, 7)), jnp.arange(8) % 7
+    loss: dict[str, Any] = {"binary": binary_loss, "focal": focal_loss}
+    saved: Any = saved_residuals(lambda x: integer_loss(x, y) if kind == "integer" else loss[kind](x, hot), x)
+    kept = [aval.size for aval, _ in saved]
+    assert kept.count(56) == 1 + (kind != "integer")
+    assert set(kept) <= {56, 8, 1}

@@ -1,0 +1,164 @@
+"""What users of optax.losses have reported, and what its integer loss accepts in silence: one test each.
+
+`these` is the module under test. With `return optax.losses` in the fixture below, the tests of `STILL_FAILING` fail.
+"""
+
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxact.losses
+
+INF, NAN = float("inf"), float("nan")
+U = 2.0**-24
+
+
+@pytest.fixture
+def these() -> Any:
+    return jaxact.losses
+
+
+def cross_entropies(these: Any, label: int, classes: int) -> list[Any]:
+    """−log p of one label, by an integer and by a one-hot row."""
+    one_hot = jnp.asarray(np.eye(classes)[label], jnp.float32)
+    return [
+        lambda x: these.softmax_cross_entropy_with_integer_labels(x, jnp.asarray(label)),
+        lambda x: these.softmax_cross_entropy(x, one_hot),
+    ]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["integer", "one-hot"])
+def test_optax_896_value_and_gradient_at_minus_infinity(these: Any, kind: int) -> None:
+    value, gradient = jax.value_and_grad(cross_entropies(these, 1, 3)[kind])(jnp.array([-INF, 0.0, 0.0]))
+    np.testing.assert_allclose(float(value), np.log(2), rtol=2 * U)  # log1p's ulp
+    assert gradient.tolist() == [0, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["integer", "one-hot"])
+def test_optax_1762_forward_mode_at_minus_infinity(these: Any, kind: int) -> None:
+    f = cross_entropies(these, 1, 3)[kind]
+    assert jax.jacfwd(f)(jnp.array([-INF, 0.0, 0.0])).tolist() == [0, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", ["sigmoid_binary_cross_entropy", "sigmoid_focal_loss"])
+def test_optax_431_binary_losses_at_infinity(these: Any, name: str) -> None:
+    x, y, f = jnp.array([INF, INF, -INF, -INF]), jnp.array([1.0, 0.0, 1.0, 0.0]), getattr(these, name)
+    assert f(x, y).tolist() == [0, INF, INF, 0]
+    assert jax.grad(lambda x: f(x, y).sum())(x).tolist() == [0, 1, -1, 0]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.5])
+def test_optax_1267_gradients_of_the_focal_loss_are_numbers(these: Any, gamma: float) -> None:
+    sizes = np.array([0, 1e-30, 1, 20, 87, 90, 104, 1e3, 1e30, 3.4e38], np.float32)
+    x, y = jnp.tile(np.append(sizes, -sizes), 3), jnp.repeat(jnp.array([0.0, 0.3, 1.0]), 20)
+    assert jnp.isfinite(jax.grad(lambda x: these.sigmoid_focal_loss(x, y, gamma=gamma).sum())(x)).all()
+
+
+def test_optax_1786_gradient_of_soft_labels_at_0(these: Any) -> None:
+    # −log p: log 2, though the label is 0; and where there is no class there is no derivative.
+    x = jnp.array([0.0, 0.0, -INF])
+    gradient = jax.grad(lambda q: these.softmax_cross_entropy(x, q))(jnp.array([0.0, 1.0, 0.0]))
+    np.testing.assert_allclose(np.asarray(gradient), [np.log(2), np.log(2), 0], rtol=2 * U)
+
+
+def test_a_label_out_of_range_makes_its_row_nan(these: Any) -> None:
+    x, y = jnp.tile(jnp.array([1.0, 2.0, 3.0]), (5, 1)), jnp.array([-1, 3, 7, -100, 0])
+    f = these.softmax_cross_entropy_with_integer_labels
+    assert jnp.isnan(f(x, y)).tolist() == [True] * 4 + [False]
+    gradient = jax.grad(lambda x: f(x, y).sum())(x)
+    assert jnp.isnan(gradient).tolist() == [[True] * 3] * 4 + [[False] * 3]
+    assert jnp.isnan(jax.jvp(lambda x: f(x, y), (x,), (x,))[1]).tolist() == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize("index", [-100, 1])
+def test_an_ignored_row_leaves_no_trace(index: int) -> None:
+    x, y = jnp.array([[1.0, NAN, 3.0], [INF, INF, 0.0], [0.0, 1.0, 2.0]]), jnp.array([index, index, 0])
+    f = jaxact.losses.softmax_cross_entropy_with_integer_labels
+    (_, value), gradient = jax.value_and_grad(
+        lambda x: (f(x, y, ignore_index=index).sum(), f(x, y, ignore_index=index)), has_aux=True
+    )(x)
+    np.testing.assert_allclose(np.asarray(value), [0, 0, np.log(np.exp([0, 1, 2]).sum())], rtol=4 * U)
+    assert gradient[:2].tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert jnp.isfinite(gradient[2]).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+@pytest.mark.parametrize("kind", [0, 1], ids=["integer", "one-hot"])
+def test_jax_40384_a_small_loss_is_not_zero(these: Any, kind: int, offset: float) -> None:
+    gap = np.array([12.0, 17.5, 20.0, 40.0, 80.0])
+    x = jnp.stack([jnp.asarray(gap, jnp.float32), jnp.zeros(5)], -1) + offset
+    value, gradient = jax.vmap(jax.value_and_grad(cross_entropies(these, 0, 2)[kind]))(x)
+    want = np.exp(-np.logaddexp(0, gap))  # 12 roundings, as in test_jax_issues.py
+    np.testing.assert_allclose(np.asarray(value), np.logaddexp(0, -gap), rtol=12 * U)
+    np.testing.assert_allclose(np.asarray(gradient), np.stack([-want, want], -1), rtol=12 * U)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+@pytest.mark.parametrize("kind", [0, 1], ids=["integer", "one-hot"])
+def test_a_common_offset_changes_nothing(these: Any, kind: int, offset: float) -> None:
+    x, run = jnp.array([1.0, 2.0, 3.0]), jax.value_and_grad(cross_entropies(these, 2, 3)[kind])
+    # The differences are exact; the shift of the exponentials may be another: two roundings of each.
+    np.testing.assert_allclose(float(run(x + offset)[0]), float(run(x)[0]), rtol=8 * U)
+    np.testing.assert_allclose(np.asarray(run(x + offset)[1]), np.asarray(run(x)[1]), rtol=8 * U)
+
+
+def test_integer_loss_on_eight_devices() -> None:
+    program = """
+        import functools, jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
+        rng = np.random.default_rng(0)
+        x, v = (np.float32(rng.normal(size=(8, 16)) * 5) for _ in range(2))
+        where, weights, y = rng.random((8, 16)) < 0.8, np.float32(rng.uniform(0, 2, 16)), rng.integers(0, 16, 8)
+        where[np.arange(8), y] = True
+        y[3] = -1
+
+        def run(f, x, v, *rest):
+            value, pushed = jax.jvp(lambda x: f(x, *rest), (x,), (v,))
+            return value, pushed, jax.grad(lambda x: f(x, *rest).sum())(x)
+
+        def agree(got, want):
+            # Sums of 16 products in another order; two devices' errors.
+            for g, w in zip(got, want):
+                np.testing.assert_allclose(np.asarray(g), w, rtol=32 * 2**-24, atol=64 * 2**-24)
+
+        plain = functools.partial(loss, ignore_index=-1)
+        want = run(plain, x, v, y)
+        for kind in (AxisType.Explicit, AxisType.Auto):
+            mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+            with jax.set_mesh(mesh):
+                for rows, labels in ((P(None, "d"), P(None)), (P("d"), P("d")), (P("d"), P(None))):
+                    if kind == AxisType.Explicit and rows == P("d") and labels == P(None):
+                        continue  # there the types must agree
+                    put = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, rows), (v, rows), (y, labels))]
+                    agree(jax.jit(functools.partial(run, plain))(*put), want)
+
+        def full(x, y, where, weights, axis_name=None):
+            options = dict(label_smoothing=0.1, z_loss=0.1, temperature=2.0, axis_name=axis_name)
+            return loss(x, y, -1, where, ignore_index=-1, class_weight=weights, **options)
+
+        split, one = P(None, "d"), P()
+        byhand = jax.shard_map(
+            functools.partial(full, axis_name="d"), mesh=mesh, in_specs=(split, one, split, P("d")), out_specs=one
+        )
+        agree(jax.jit(functools.partial(run, byhand))(x, v, y, where, weights), run(full, x, v, y, where, weights))
+        print("agreed")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": ":".join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "agreed", done.stderr[-2000:]
