@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,18 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, masked, require_array
-from jaxact._cross_entropy import AxisName, Classes, Options, at_index, entropy, label_index, label_losses, predicted
+from jaxact._canonical import as_float, masked, require_array, require_arrays
+from jaxact._cross_entropy import (
+    AxisName,
+    Classes,
+    Options,
+    at_index,
+    counts,
+    entropy,
+    label_index,
+    label_losses,
+    predicted,
+)
 from jaxact._forward_mode import forward_mode
 
 CHUNK_BYTES = 2**25  # of the logits that "auto" holds at a time
@@ -132,6 +142,7 @@ def linear_cross_entropy(
     ignored = None if ignore_index is None else _whole("ignore_index", ignore_index)
     for name, value in (("x", x), ("w", w), ("labels", labels)):
         require_array(name, value)
+    require_arrays(bias=bias, where=where, token_weight=token_weight, class_weight=class_weight)
     return _of_any(how, reduction, ignored, x, w, labels, bias, where, token_weight, options)
 
 
@@ -211,8 +222,8 @@ def _of_any(
 ) -> Any:
     x, w, labels = as_float("x", x), as_float("w", w), jnp.asarray(labels)
     shape = labels.shape
-    features, vocabulary = w.shape if how.layout == "dv" else w.shape[::-1] if w.ndim == 2 else (None, None)
-    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != features:
+    features, vocabulary = (w.shape if how.layout == "dv" else w.shape[::-1]) if w.ndim == 2 else (-1, -1)
+    if x.ndim == 0 or x.shape[-1] != features:
         wanted = "(D, V)" if how.layout == "dv" else "(V, D)"
         raise ValueError(f"x must have shape (..., D) and w {wanted}, got {x.shape} and {w.shape}.")
     if x.dtype != w.dtype:
@@ -228,7 +239,7 @@ def _of_any(
             raise ValueError(f"bias must have shape ({vocabulary},), got {bias.shape}.")
     live = jnp.ones(shape, bool) if where is None else masked(jnp.ones(shape, bool), where, False)
     if ignore_index is not None:
-        live &= labels != ignore_index
+        live &= counts(labels, ignore_index)
     weight = jnp.ones(shape, dtype)
     if token_weight is not None:
         try:
@@ -260,9 +271,10 @@ def _on_mesh(how: _How, reduction: str, x: Array, w: Array, tokens: Any, bias: A
         functools.partial(_loss, here, reduction),
         mesh=mesh,
         in_specs=specs,
-        out_specs=(out, Auxiliary(*[by_token] * 4, P())) if how.extras else out,
+        out_specs=(out, cast(Any, Auxiliary)(by_token, by_token, by_token, by_token, P())) if how.extras else out,
     )
     arguments = (x, w, tokens, bias, options)
+    tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
     leaves, tree = jax.tree.flatten(arguments)
     wanted = [NamedSharding(mesh, spec) for spec in _along(specs, arguments)]
     return of_device(*tree.unflatten([jax.sharding.reshard(a, to) for a, to in zip(leaves, wanted, strict=True)]))
@@ -304,7 +316,8 @@ def _loss(how: _How, reduction: str, x: Array, w: Array, tokens: Any, bias: Arra
         return loss
     number = jnp.where(live, rows.predicted, -1)
     fields = (rows.lse, rows.entropy, number, live & exists & (number == labels))
-    return loss, Auxiliary(*(a.reshape(shape) for a in fields), how.over_batch(jnp.sum(live)))
+    lse, spread, number, correct = (a.reshape(shape) for a in fields)
+    return loss, Auxiliary(lse, spread, number, correct, how.over_batch(jnp.sum(live)))
 
 
 @forward_mode
@@ -350,8 +363,7 @@ def _attached_fwd(how: _How, *arguments: Any) -> Any:
 
 def _attached_bwd(how: _How, residuals: Any, g: _Rows) -> Any:
     asked, operands, tokens = residuals
-    tree: Any
-    tree = jax.tree.structure(operands)
+    tree: Any = jax.tree.structure(operands)
     moving = tree.unflatten([a is not None for a in tree.flatten_up_to(asked)])
     _, gradients = _sweep(how, operands, tokens, g._replace(predicted=None), moving)
     return _cotangents(how, gradients, _samples(operands)), None, None
@@ -392,7 +404,7 @@ def _cotangents(how: _How, gradients: Any, samples: Any) -> Any:
         extra = tuple(_varying(g) - _varying(sample)) if tracked else () if split else how.axis_name
         return (lax.psum(g, extra) if extra else g).astype(sample.dtype)
 
-    tree = jax.tree.structure(samples)
+    tree: Any = jax.tree.structure(samples)
     by_class = _Operands(False, True, True, Options(False, False, False, False, True))
     return tree.unflatten(
         map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), _along(by_class, samples))
@@ -482,7 +494,7 @@ def _rows(how: _How, z: Array, tokens: _Tokens, options: Options) -> tuple[_Rows
     adjust = options.adjustment(z)
     losses, sums = label_losses(how.classes, z, y, live, options.spread(weights, z.dtype), adjust)
     loss = options.combine(losses, at_index(weights, y, how.axis_name))
-    loss, lse = jnp.where(live, loss, 0), jnp.where(live, losses.lse, 0)
+    loss, lse = jnp.where(live, loss, 0), losses.lse
     if not how.extras:
         return _Rows(loss, lse), None
     z = adjust(z)
