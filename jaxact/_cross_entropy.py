@@ -17,6 +17,7 @@ from jaxact._exponentials import certain, divisor, finite, maximum, times_jacobi
 from jaxact._forward_mode import forward_mode
 
 AxisName = Any  # of a mesh axis, or several
+BLOCK = 128  # classes that are summed together in a long row
 
 
 class Classes(NamedTuple):
@@ -178,7 +179,7 @@ def at_label(z: Array, y: Array, classes: Classes) -> Array:
     """z_y, with the class axis kept; infinite if it is the largest number."""
     largest = float(jnp.finfo(z.dtype).max)
 
-    if classes.axis_name is None and not any(jax.typeof(z).sharding.spec):
+    if _whole(z, classes):
         z_y = finite(jnp.take_along_axis(z, y[..., None], -1, mode="clip"))
     else:
         # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
@@ -187,11 +188,30 @@ def at_label(z: Array, y: Array, classes: Classes) -> Array:
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
 
+def _whole(z: Array, classes: Classes) -> bool:
+    """Whether the classes are split neither by hand nor over the explicit axes of a mesh."""
+    return classes.axis_name is None and not any(jax.typeof(z).sharding.spec)
+
+
+def _in_blocks(z: Array, y: Array, shift: Array) -> Array:
+    """The sum of e^{z − shift} but at the label: of long rows on CPU in two thirds of the time of a sum with a mask.
+
+    Only the label's block needs one.
+    """
+    blocks = z.reshape(*z.shape[:-1], -1, BLOCK)
+    own = jnp.take_along_axis(blocks, (y // BLOCK)[..., None, None], -2, mode="clip")[..., 0, :]
+    sums = jnp.sum(jnp.exp(blocks - shift[..., None]), -1) * elsewhere(blocks[..., 0], y // BLOCK)
+    at_own = jnp.exp(own - shift) * elsewhere(own, y % BLOCK)
+    return jnp.sum(sums, -1, keepdims=True) + jnp.sum(at_own, -1, keepdims=True)
+
+
 def label_sums(z: Array, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
     """z_y and the sums. Rows that are not `live` do not matter and may hold anything."""
     z_y = at_label(z, y, classes)
 
     def others_about(shift: Array, z: Array, y: Array) -> Array:
+        if classes.branch and _whole(z, classes) and z.shape[-1] % BLOCK == 0 and z.shape[-1] >= 32 * BLOCK:
+            return _in_blocks(z, y, shift)
         return classes.sum(jnp.exp(z - shift) * elsewhere(z, y))
 
     def about_label(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
