@@ -358,28 +358,14 @@ def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, Non
 _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
-    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
-
-
-def _log_probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> Any:
-    return _log_probabilities(classes, z, sums), (z, sums)
-
-
-def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
-    z, sums = residuals
-    return g - _probabilities(classes, z, sums) * classes.sum(g), None
-
-
-_log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
-
-
-def entropy(z: Array, sums: LabelSums, classes: Classes) -> Array:
-    """−Σ p log p of each row, in nats."""
-    p, log_p = _probabilities(classes, z, sums), _log_probabilities(classes, z, sums)
-    return -classes.sum(p * jnp.where(p > 0, log_p, 0))[..., 0]
+def entropy(z: Array, sums: LabelSums, classes: Classes) -> tuple[Array, Any]:
+    """H = −Σ p log p of each row, in nats, and the cotangent of the logits as a function of its cotangent."""
+    p = _probabilities(classes, z, sums)
+    # A constant may be added to log p in the cotangent: only the probabilities have derivatives of their own.
+    log_p = (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
+    terms = jnp.where(p > 0, log_p, 0)
+    h = -classes.sum(p * terms)
+    return h[..., 0], lambda g: -g[..., None] * p * (terms + h)
 
 
 def predicted(z: Array, classes: Classes) -> Array:

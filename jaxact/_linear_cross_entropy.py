@@ -12,14 +12,17 @@ from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, masked, require_array, require_arrays
 from jaxact._cross_entropy import (
+    Adjustment,
     AxisName,
     Classes,
+    Losses,
     Options,
     at_index,
     counts,
     entropy,
     label_index,
     label_losses,
+    logit_cotangent,
     predicted,
 )
 from jaxact._forward_mode import forward_mode
@@ -439,7 +442,10 @@ def _sweep(
     )
     axes = frozenset[Any]().union(*map(_varying, jax.tree.leaves((operands, tokens, g))))
     sums = jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, sums)
-    sums, (rows, x_bar) = lax.scan(step, sums, split)
+    # Under checkpoint too: JAX 0.10 forgets custom rules, and with them second derivatives, in the part of a loop that it
+    # takes to be known.
+    loop = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
+    sums, (rows, x_bar) = loop(sums, split)
     rows, x_bar = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(size * count, *a.shape[2:]), (rows, x_bar))
     if size * count < n:
         sums, last = step(sums, rest)
@@ -459,24 +465,45 @@ def _nothing(operands: _Operands) -> Any:
 def _chunk(how: _How, operands: _Operands, tokens: _Tokens, g: _Rows | None, moving: Any, sums: Any) -> Any:
     """One chunk: its rows and the cotangent of its x; the cotangents of the other operands are added to `sums`."""
     x, w, bias, options = operands
+    x = jnp.where(tokens.live[:, None], x, 0)  # 0 times nan, otherwise, in the products
     # The axes of w that x is multiplied over, and the other.
     over, other = (0, 1) if how.layout == "dv" else (1, 0)
     z = how.product(x, w, 1, over)
     if bias is not None:
         z = z + bias.astype(z.dtype)
 
-    def rows_of(z: Array, options: Options) -> Any:
-        return _rows(how, z, tokens, options)
+    weights = options.weights(z.shape[-1], z.dtype)
+    spread, adjust = options.spread(weights, z.dtype), options.adjustment(z)
+    adjusted, pull_adjust = jax.vjp(lambda z, adjust: adjust(z), z, adjust)
+    losses, given = label_losses(how.classes, adjusted, tokens.y, tokens.live, spread, Adjustment(None, None))
 
+    def loss_of(losses: Losses, options: Options) -> Array:
+        by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)
+        return jnp.where(tokens.live, options.combine(losses, by_class), 0)
+
+    loss, pull_loss = jax.vjp(loss_of, losses, options)
+    rows = _Rows(loss, losses.lse)
+    if how.extras:
+        nats, pull_entropy = entropy(adjusted, given, how.classes)
+        rows = _Rows(loss, losses.lse, jnp.where(tokens.live, nats, 0), predicted(adjusted, how.classes))
     if g is None:
-        rows, number = rows_of(z, options)
-        return sums, (rows._replace(predicted=number), None)
+        return sums, (rows, None)
+
+    # By hand and not by `jax.vjp` of all this: JAX 0.10 forgets custom rules, and with them second derivatives, of what
+    # it transposes inside a loop.
+    losses_bar, options_bar = pull_loss(g.loss)
+    losses_bar = losses_bar._replace(lse=losses_bar.lse + g.lse)
+    z_bar, spread_bar = logit_cotangent(
+        adjusted, tokens.y, tokens.live, spread, losses.nll, given, losses_bar, how.classes
+    )
+    if how.extras:
+        z_bar = z_bar + jnp.where(tokens.live[:, None], pull_entropy(g.entropy), 0)
+    z_bar, adjust_bar = pull_adjust(z_bar)
     if any(jax.tree.leaves(moving.options)):
-        rows, pull, number = jax.vjp(rows_of, z, options, has_aux=True)
-        z_bar, options_bar = pull(g)
-    else:
-        rows, pull, number = jax.vjp(lambda z: rows_of(z, options), z, has_aux=True)
-        (z_bar,), options_bar = pull(g), options
+        _, pull_options = jax.vjp(
+            lambda o: (o.spread(o.weights(z.shape[-1], z.dtype), z.dtype), o.adjustment(z)), options
+        )
+        options_bar = jax.tree.map(jnp.add, options_bar, pull_options((spread_bar, adjust_bar))[0])
     bars = _Operands(None, None, z_bar.sum(0) if moving.bias else None, options_bar)
     z_bar = z_bar.astype(x.dtype)
     x_bar = how.product(z_bar, w, 1, other) if moving.x else None
@@ -484,18 +511,4 @@ def _chunk(how: _How, operands: _Operands, tokens: _Tokens, g: _Rows | None, mov
         bars = bars._replace(w=how.product(x, z_bar, 0, 0) if how.layout == "dv" else how.product(z_bar, x, 0, 0))
     # The tree of the sums has None for what is not asked for.
     sums = jax.tree.map(lambda a, b: None if a is None else a + b, sums, bars, is_leaf=lambda a: a is None)
-    return sums, (rows._replace(predicted=number), x_bar)
-
-
-def _rows(how: _How, z: Array, tokens: _Tokens, options: Options) -> tuple[_Rows, Array | None]:
-    """What is differentiable of the rows, and the predicted class."""
-    y, live = tokens
-    weights = options.weights(z.shape[-1], z.dtype)
-    adjust = options.adjustment(z)
-    losses, sums = label_losses(how.classes, z, y, live, options.spread(weights, z.dtype), adjust)
-    loss = options.combine(losses, at_index(weights, y, how.axis_name))
-    loss, lse = jnp.where(live, loss, 0), losses.lse
-    if not how.extras:
-        return _Rows(loss, lse), None
-    z = adjust(z)
-    return _Rows(loss, lse, jnp.where(live, entropy(z, sums, how.classes), 0)), predicted(z, how.classes)
+    return sums, (rows, x_bar)
