@@ -77,6 +77,15 @@ def canonical_axis(name: str, axis: Axis, ndim: int) -> tuple[int, ...]:
     return canonical
 
 
+def broadcast(name: str, value: ArrayLike, logits: Array) -> Array:
+    """A real array in the shape of the logits."""
+    array = as_float(name, value)
+    try:
+        return jnp.broadcast_to(array, logits.shape)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast to the shape {logits.shape} of logits, got {array.shape}.") from None
+
+
 def masked(x: Array, where: ArrayLike | None, fill: float) -> Array:
     """`x` with `fill` where the mask is False. What stood there, nan included, leaves no trace in any derivative."""
     if where is None:

@@ -99,7 +99,7 @@ def test_long_rows(classes: int) -> None:
     y = np.array([0, 1, 127, 128, 2047, 2048, classes - 129, classes - 128, classes - 1])
     x = np.random.default_rng(0).normal(size=(9, classes)).astype(np.float32)
     x[::2, :] *= 30  # some losses are over 87, where the sum about the label overflows
-    x[np.arange(9), y] += np.float32([0, 25, 40, 25, 300, 0, 0, 15, 0])
+    x[np.arange(9), y] += np.array([0, 25, 40, 25, 300, 0, 0, 15, 0], np.float32)
     value, gradient, off, moved = oracles.label_cross_entropy(x, y)
     got, slope = jax.value_and_grad(lambda x: integer_loss(x, jnp.asarray(y)).sum())(jnp.asarray(x))
     each = np.asarray(integer_loss(jnp.asarray(x), jnp.asarray(y)), np.float64)

@@ -1,0 +1,275 @@
+"""Logits and their losses for a chunk of tokens at a time, and the rules that make a loss of them differentiable."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxact._cross_entropy import (
+    Adjustment,
+    AxisName,
+    Classes,
+    Losses,
+    Options,
+    at_index,
+    entropy,
+    label_losses,
+    logit_cotangent,
+    predicted,
+)
+from jaxact._forward_mode import forward_mode
+
+CHUNK_BYTES = 2**25  # of logits that are held at a time, at least, by default
+
+
+class How(NamedTuple):
+    """What is known before the arrays; hashable."""
+
+    layout: str
+    chunk: int | None
+    accum_dtype: Any
+    precision: Any
+    axis_name: AxisName
+    extras: bool  # whether rows have an entropy and a prediction
+    batch: tuple[Any, ...] = ()  # the mesh axes over which the tokens of one sum are split
+
+    def over_batch(self, a: Array) -> Array:
+        return lax.psum(a, self.batch) if self.batch else a
+
+    @property
+    def classes(self) -> Classes:
+        # Beside the products a pass over logits is cheap, and a branch keeps XLA from reusing their memory.
+        return Classes(self.axis_name, branch=False)
+
+    def product(self, a: Array, b: Array, over_a: int, over_b: int) -> Array:
+        """The sum over one axis of each, accumulated."""
+        dtype = jnp.promote_types(self.accum_dtype, a.dtype)
+        dimensions = (((over_a,), (over_b,)), ((), ()))
+        return lax.dot_general(a, b, dimensions, precision=self.precision, preferred_element_type=dtype)
+
+
+class Operands(NamedTuple):
+    """What has a derivative, and, with bools for arrays, which of it is asked for."""
+
+    x: Any  # (N, D)
+    w: Any
+    bias: Any
+    options: Any
+
+
+class Tokens(NamedTuple):
+    """What has none."""
+
+    y: Array  # (N,) places of the labels
+    live: Array  # (N,) whether they count
+
+
+class Rows(NamedTuple):
+    """Per token."""
+
+    loss: Array
+    lse: Array
+    entropy: Array | None = None
+    predicted: Array | None = None
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weighted_total(how: How, operands: Operands, tokens: Tokens, weight: Array) -> Array:
+    """The weighted sum of the losses."""
+    return _weighted(sweep(how, operands, tokens)[0].loss, weight)
+
+
+def _weighted(loss: Array, weight: Array) -> Array:
+    return jnp.sum(jnp.where(weight == 0, 0, weight * loss))
+
+
+def _total_fwd(how: How, *arguments: Any) -> Any:
+    # The cotangent of a loss is its weight, but for one factor. So the gradients can be formed here, where the logits
+    # are at hand.
+    moving, (operands, tokens, weight) = _asked_for(arguments[0]), _values(arguments)
+    rows, gradients = sweep(how, operands, tokens, Rows(weight, jnp.zeros_like(weight)), moving)
+    return _weighted(rows.loss, weight), (gradients, _samples(operands), rows.loss)
+
+
+def _total_bwd(how: How, residuals: Any, g: Array) -> Any:
+    gradients, samples, loss = residuals
+    return _cotangents(how, jax.tree.map(lambda a: g * a, gradients), samples), None, g * loss
+
+
+weighted_total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attached(how: How, operands: Operands, tokens: Tokens, rows: Rows) -> Rows:
+    """What is known of the rows, with its derivatives."""
+    return rows
+
+
+def _attached_fwd(how: How, *arguments: Any) -> Any:
+    moving, (operands, tokens, rows) = _asked_for(arguments[0]), _values(arguments)
+    # None tells what is asked for from what is not: a residual must be an array.
+    asked = jax.tree.map(lambda a, m: a if m else None, operands, moving)
+    return rows, (asked, operands, tokens)
+
+
+def _attached_bwd(how: How, residuals: Any, g: Rows) -> Any:
+    asked, operands, tokens = residuals
+    tree: Any = jax.tree.structure(operands)
+    moving = tree.unflatten([a is not None for a in tree.flatten_up_to(asked)])
+    _, gradients = sweep(how, operands, tokens, g._replace(predicted=None), moving)
+    return _cotangents(how, gradients, _samples(operands)), None, None
+
+
+attached.defvjp(_attached_fwd, _attached_bwd, symbolic_zeros=True)
+
+
+def _asked_for(arguments: Any) -> Any:
+    """Which leaves are differentiated."""
+    return jax.tree.map(lambda a: a.perturbed, arguments, is_leaf=_is_leaf)
+
+
+def _values(arguments: Any) -> Any:
+    return jax.tree.map(lambda a: a.value, arguments, is_leaf=_is_leaf)
+
+
+def _is_leaf(a: Any) -> bool:
+    return hasattr(a, "perturbed")
+
+
+def _samples(operands: Any) -> Any:
+    """Nothing of each operand, but for its type."""
+    return jax.tree.map(lambda a: jnp.ravel(a)[:0], operands)
+
+
+def _cotangents(how: How, gradients: Any, samples: Any) -> Any:
+    """The gradients in the types of their operands.
+
+    They are summed over the devices that hold the same operand here: once, and not for each chunk.
+    """
+    tracked = how.axis_name is None or _varying(samples.w)
+
+    def typed(g: Array | None, sample: Array, split: bool) -> Array | None:
+        if g is None:
+            return None
+        # With check_vma=False, `shard_map` keeps no track. What is not split along with the classes is then the same.
+        extra = tuple(_varying(g) - _varying(sample)) if tracked else () if split else how.axis_name
+        return (lax.psum(g, extra) if extra else g).astype(sample.dtype)
+
+    tree: Any = jax.tree.structure(samples)
+    by_class = Operands(False, True, True, Options(False, False, False, False, True))
+    return tree.unflatten(map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), along(by_class, samples)))
+
+
+def along(prefix: Any, tree: Any) -> list[Any]:
+    """What the prefix of a tree says of each leaf."""
+    return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
+
+
+def sweep(how: How, operands: Operands, tokens: Tokens, g: Rows | None = None, moving: Any = None) -> tuple[Rows, Any]:
+    """The rows and, where their cotangents are given, the cotangents of the operands asked for, None for the others.
+
+    Chunk i takes tokens i, i + count, i + 2·count, ...: where tokens are sharded over devices, each device then has its
+    part of every chunk. What is left over makes a smaller chunk, so that no padding enters any sum.
+    """
+    n = operands.x.shape[0]
+    size = min(how.chunk or _chunk_size(*operands.x.shape, operands.w.size), max(n, 1))
+    count = n // size
+    inputs = (operands.x, tokens, g)
+    split = jax.tree.map(lambda a: a[: size * count].reshape(size, count, *a.shape[1:]).swapaxes(0, 1), inputs)
+    rest = jax.tree.map(lambda a: a[size * count :], inputs)
+
+    # Checkpointed, since what derivatives of higher order and transposition save of a step, they save for all steps.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(sums: Any, inputs: Any) -> Any:
+        x, tokens, g = inputs
+        return _chunk(how, operands._replace(x=x), tokens, g, moving, sums)
+
+    sums = jax.tree.map(
+        lambda a, m: jnp.zeros(jnp.shape(a), jnp.promote_types(how.accum_dtype, jnp.result_type(a))) if m else None,
+        operands._replace(x=None),
+        _nothing(operands) if moving is None else moving._replace(x=None),
+    )
+    axes = frozenset[Any]().union(*map(_varying, jax.tree.leaves((operands, tokens, g))))
+    sums = jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, sums)
+    # Under checkpoint too: JAX 0.10 forgets custom rules, and with them second derivatives, in the part of a loop that
+    # it takes to be known.
+    loop = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
+    sums, (rows, x_bar) = loop(sums, split)
+    rows, x_bar = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(size * count, *a.shape[2:]), (rows, x_bar))
+    if size * count < n:
+        sums, last = step(sums, rest)
+        rows, x_bar = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (rows, x_bar), last)
+    return rows, sums._replace(x=x_bar)
+
+
+def _chunk_size(n: int, features: int, weights: int) -> int:
+    """The number of tokens in a chunk, by default."""
+    # With every chunk the gradient of w is read and written; beside it, half of its memory for logits is little.
+    most = max(CHUNK_BYTES * features // (4 * max(weights, 1)), features // 2, 1)
+    # As equal as they can be, so that not much is left over.
+    return max(1, n // -(-n // most)) if n else 1
+
+
+def _varying(a: Any) -> frozenset[Any]:
+    """The mesh axes along which devices hold different values, inside `shard_map`."""
+    return jax.typeof(a).mat.varying
+
+
+def _nothing(operands: Operands) -> Any:
+    return jax.tree.map(lambda a: False, operands._replace(x=None))
+
+
+def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving: Any, sums: Any) -> Any:
+    """One chunk: its rows and the cotangent of its x; the cotangents of the other operands are added to `sums`."""
+    x, w, bias, options = operands
+    x = jnp.where(tokens.live[:, None], x, 0)  # 0 times nan, otherwise, in the products
+    # The axes of w that x is multiplied over, and the other.
+    over, other = (0, 1) if how.layout == "dv" else (1, 0)
+    z = how.product(x, w, 1, over)
+    if bias is not None:
+        z = z + bias.astype(z.dtype)
+
+    weights = options.weights(z.shape[-1], z.dtype)
+    spread, adjust = options.spread(weights, z.dtype), options.adjustment(z)
+    adjusted, pull_adjust = jax.vjp(lambda z, adjust: adjust(z), z, adjust)
+    losses, given = label_losses(how.classes, adjusted, tokens.y, tokens.live, spread, Adjustment(None, None))
+
+    def loss_of(losses: Losses, options: Options) -> Array:
+        by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)
+        return jnp.where(tokens.live, options.combine(losses, by_class), 0)
+
+    loss, pull_loss = jax.vjp(loss_of, losses, options)
+    rows = Rows(loss, losses.lse)
+    if how.extras:
+        nats, pull_entropy = entropy(adjusted, given, how.classes)
+        rows = Rows(loss, losses.lse, jnp.where(tokens.live, nats, 0), predicted(adjusted, how.classes))
+    if g is None:
+        return sums, (rows, None)
+
+    # By hand and not by `jax.vjp` of all this: JAX 0.10 forgets custom rules, and with them second derivatives, of what
+    # it transposes inside a loop.
+    losses_bar, options_bar = pull_loss(g.loss)
+    losses_bar = losses_bar._replace(lse=losses_bar.lse + g.lse)
+    z_bar, spread_bar = logit_cotangent(
+        adjusted, tokens.y, tokens.live, spread, losses.nll, given, losses_bar, how.classes
+    )
+    if how.extras:
+        z_bar = z_bar + jnp.where(tokens.live[:, None], pull_entropy(g.entropy), 0)
+    z_bar, adjust_bar = pull_adjust(z_bar)
+    if any(jax.tree.leaves(moving.options)):
+        _, pull_options = jax.vjp(
+            lambda o: (o.spread(o.weights(z.shape[-1], z.dtype), z.dtype), o.adjustment(z)), options
+        )
+        options_bar = jax.tree.map(jnp.add, options_bar, pull_options((spread_bar, adjust_bar))[0])
+    bars = Operands(None, None, z_bar.sum(0) if moving.bias else None, options_bar)
+    z_bar = z_bar.astype(x.dtype)
+    x_bar = how.product(z_bar, w, 1, other) if moving.x else None
+    if moving.w:
+        bars = bars._replace(w=how.product(x, z_bar, 0, 0) if how.layout == "dv" else how.product(z_bar, x, 0, 0))
+    # The tree of the sums has None for what is not asked for.
+    sums = jax.tree.map(lambda a, b: None if a is None else a + b, sums, bars, is_leaf=lambda a: a is None)
+    return sums, (rows, x_bar)
