@@ -69,6 +69,12 @@ class Model(nnx.Module):
         return self.last(nnx.gelu(self.hidden(x)))
 
 
+# At the module's level, so that there is one compilation for all heads.
+_initial: Any = nnx.jit(
+    lambda size, features, seed: Model(size, features, rngs=nnx.Rngs(seed)), static_argnums=(0, 1, 2)
+)
+
+
 class Trainer:
     """One model with one head: its state, and the training step, compiled.
 
@@ -80,8 +86,7 @@ class Trainer:
     def __init__(self, head: str, vocabulary: int, settings: Any, mesh: Mesh | None = None):
         self.mesh = mesh
         optimizer = optax.adamw(settings.learning_rate)
-        make = nnx.jit(lambda: Model(vocabulary, settings.features, rngs=nnx.Rngs(settings.seed)))
-        graph, params = nnx.split(make())
+        graph, params = nnx.split(_initial(vocabulary, settings.features, settings.seed))
 
         def loss(params: Any, contexts: Array, labels: Array) -> Array:
             model = nnx.merge(graph, params)
