@@ -176,7 +176,7 @@ def sweep(how: How, operands: Operands, tokens: Tokens, g: Rows | None = None, m
     part of every chunk. What is left over makes a smaller chunk, so that no padding enters any sum.
     """
     n = operands.x.shape[0]
-    size = min(how.chunk or _chunk_size(*operands.x.shape, operands.w.size), max(n, 1))
+    size = min(how.chunk or _chunk_size(n, operands.x.shape[1], operands.w.size), max(n, 1))
     count = n // size
     inputs = (operands.x, tokens, g)
     split = jax.tree.map(lambda a: a[: size * count].reshape(size, count, *a.shape[1:]).swapaxes(0, 1), inputs)

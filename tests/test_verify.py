@@ -14,13 +14,13 @@ import pytest
 import jaxact
 from jaxact import verify
 
-# The corpus. Each case is compiled in every mode and under every transformation, so that a tenth of the cases is what
+# The corpus. Each case is compiled in every mode and under every transformation, so that a fifteenth of them is what
 # a default run has time for; the rest are visited with --exhaustive.
 
 
 def cases(of: list[corpus.Case]) -> Any:
     return [
-        pytest.param(case, id=case.name, marks=[] if i % 10 == 0 else [pytest.mark.exhaustive])
+        pytest.param(case, id=case.name, marks=[] if i % 15 == 0 else [pytest.mark.exhaustive])
         for i, case in enumerate(of)
     ]
 

@@ -211,7 +211,7 @@ def textbook_masked_softmax(x: Any) -> Array:
     return e / e.sum(-1, keepdims=True)
 
 
-def integer_cross_entropy(x: Any) -> Array:
+def softmax_cross_entropy_with_integer_labels(x: Any) -> Array:
     return losses.softmax_cross_entropy_with_integer_labels(x, LABELS)
 
 
@@ -227,7 +227,7 @@ def textbook_binary_cross_entropy(x: Any, y: Any) -> Array:
     return y * jnp.log(1 + jnp.exp(-x)) + (1 - y) * jnp.log(1 + jnp.exp(x))
 
 
-def focal_loss(x: Any) -> Array:
+def sigmoid_focal_loss(x: Any) -> Array:
     return losses.sigmoid_focal_loss(x, 1, 0.25)
 
 
@@ -235,7 +235,7 @@ def textbook_focal_loss(x: Any) -> Array:
     return 0.25 / (1 + jnp.exp(x)) ** 2 * jnp.log(1 + jnp.exp(-x))
 
 
-def head(x: Any, w: Any) -> Array:
+def linear_cross_entropy(x: Any, w: Any) -> Array:
     return jaxact.linear_cross_entropy(x, w, LABELS)
 
 
@@ -259,12 +259,12 @@ SUBJECTS = {
     ),
     "masked_softmax": Subject(masked_softmax, (ROWS,), reference=textbook_masked_softmax),
     "softmax_cross_entropy_with_integer_labels": Subject(
-        integer_cross_entropy, (ROWS,), reference=textbook_cross_entropy
+        softmax_cross_entropy_with_integer_labels, (ROWS,), reference=textbook_cross_entropy
     ),
     "softmax_cross_entropy": Subject(losses.softmax_cross_entropy, (ROWS, SOFT), reference=textbook_soft_cross_entropy),
     "sigmoid_binary_cross_entropy": Subject(
         losses.sigmoid_binary_cross_entropy, (SCORES, BINARY), reference=textbook_binary_cross_entropy
     ),
-    "sigmoid_focal_loss": Subject(focal_loss, (SCORES,), reference=textbook_focal_loss),
-    "linear_cross_entropy": Subject(head, (FEATURES, PROJECTION), reference=textbook_head),
+    "sigmoid_focal_loss": Subject(sigmoid_focal_loss, (SCORES,), reference=textbook_focal_loss),
+    "linear_cross_entropy": Subject(linear_cross_entropy, (FEATURES, PROJECTION), reference=textbook_head),
 }
