@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from jaxact._chunks import CHUNK_BYTES
 from jaxact._cli._converge_figure import INK, MUTED, PALE, SIGMOID, SOFTMAX, _heading, _label, _log_steps
 from jaxact._cli._head_model import DENSE, FUSED, Outcome, ratio
-from jaxact._chunks import CHUNK_BYTES
 
 BLUE, ORANGE = SIGMOID, SOFTMAX
 DASHED: dict[str, Any] = {"color": ORANGE, "linewidth": 2.2, "linestyle": (0, (4, 2.5))}
