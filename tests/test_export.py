@@ -28,6 +28,8 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "integer_loss": lambda x: losses.softmax_cross_entropy_with_integer_labels(x, jnp.full(x.shape[:-1], 2)),
     "dense_loss": lambda x: losses.softmax_cross_entropy(x, jnp.array([0.5, 0.25, 0, 0.25], x.dtype)),
     "binary_loss": lambda x: losses.sigmoid_binary_cross_entropy(x, jnp.array([0, 1, 0, 1])),
+    "head": lambda x: jaxact.linear_cross_entropy(x, x.T @ x, jnp.array([0, -100, 3]), chunk=2),
+    "head_none": lambda x: jaxact.linear_cross_entropy(x, x.T, jnp.array([0, 1, 2]), reduction="none", chunk=2),
     "focal_loss": lambda x: losses.sigmoid_focal_loss(x, jnp.array([0, 1, 0, 1]), gamma=2.0),
 }
 
