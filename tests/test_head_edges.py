@@ -12,7 +12,7 @@ import pytest
 
 import jaxact
 
-head = jaxact.linear_cross_entropy
+head: Any = jaxact.linear_cross_entropy
 INF, NAN, U = float("inf"), float("nan"), 2.0**-24
 D, V = 5, 11
 
@@ -20,8 +20,8 @@ D, V = 5, 11
 
 N = 7
 RNG = np.random.default_rng(1)
-X, W = (np.float32(RNG.normal(size=size)) for size in ((N, D), (D, V)))
-Y, BIAS = RNG.integers(0, V, N), np.float32(RNG.normal(size=V))
+X, W = (RNG.normal(size=size).astype(np.float32) for size in ((N, D), (D, V)))
+Y, BIAS = RNG.integers(0, V, N), RNG.normal(size=V).astype(np.float32)
 CLOSE: dict[str, Any] = {"rtol": 64 * U, "atol": 64 * U}  # sums of at most 11 numbers of size 1, added in another order
 
 
@@ -91,7 +91,7 @@ def test_absent_classes_and_offsets(reduction: str) -> None:
 @REDUCTIONS
 def test_an_ignored_token_leaves_no_trace(reduction: str) -> None:
     odd = np.arange(N) % 2 == 1
-    bad = np.where(odd[:, None], X, np.float32([NAN, INF, -INF, 0, 1]))
+    bad = np.where(odd[:, None], X, np.array([NAN, INF, -INF, 0, 1], np.float32))
     ways: list[dict[str, Any]] = [{"labels": np.where(odd, Y, -100)}, {"where": odd}]
     for given in ways:
         for got, want in zip(run(bad, **given, reduction=reduction), run(X, **given, reduction=reduction), strict=True):
@@ -137,7 +137,7 @@ def test_vmap(reduction: str) -> None:
 
 def test_options_that_are_traced() -> None:
     options = {"temperature": 0.5, "label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 3.0}
-    want = head(X, W, Y, **options)  # type: ignore[arg-type]
+    want = head(X, W, Y, **options)
     np.testing.assert_allclose(jax.jit(lambda o: head(X, W, Y, **o))(options), want, **CLOSE)
     nothing = {"temperature": 1.0, "label_smoothing": 0.0, "z_loss": 0.0}
     np.testing.assert_allclose(jax.jit(lambda o: head(X, W, Y, **o))(nothing), head(X, W, Y), **CLOSE)
@@ -185,7 +185,7 @@ def test_memory_is_that_of_a_chunk(reduction: str) -> None:
 
     modes: list[Any] = [loss, jax.value_and_grad(loss, (0, 1)), lambda x, w: jax.jvp(loss, (x, w), (x, w))]
     for f in modes + [pushed] * (jax.__version_info__ >= (0, 12)):
-        compiled = jax.jit(f).lower(x, w).compile()
+        compiled: Any = jax.jit(f).lower(x, w).compile()
         text = compiled.as_text()
         for shape in ("1024,512", "64,16,512", "16,64,512"):
             assert f"f32[{shape}]" not in text
@@ -244,7 +244,7 @@ def test_many_tokens_of_float16(reduction: str) -> None:
 
 
 def test_liger_968_gradients_of_none() -> None:
-    g = np.float32([1, -2, 0, 0.5, 3, -0.25, 4])
+    g = np.array([1, -2, 0, 0.5, 3, -0.25, 4], np.float32)
     x_bar, w_bar = jax.grad(lambda x, w: head(x, w, Y, reduction="none", chunk=3) @ g, (0, 1))(X, W)
     given: dict[str, Any] = {"x": np.float64(X), "w": np.float64(W), "labels": Y, "reduction": "none"}
     for name, got in (("x", x_bar), ("w", w_bar)):

@@ -102,12 +102,12 @@ def test_meshes_with_explicit_axes() -> None:
         with jax.set_mesh(explicit):
             args, counts = put(explicit, ARRAYS), []
             for r in REDUCTIONS:
-                for chunk in (4, 16, 64):
+                for chunk in (4, 16):
                     got, count = compiled(functools.partial(value_and_gradients, reduction=r, chunk=chunk), args)
                     agree(got, WANT[r])
                     counts.append(count)
                 # Many chunks are a loop: what is in it stands in the program once. w's gradient is outside.
-                assert len(set(counts[-3:-1])) == 1, counts
+                assert counts[-2] == counts[-1], counts
             f = value_and_gradients
             agree(compiled(f, put(explicit, ARRAYS, None))[0], WANT["mean"])
             agree(compiled(f, put(explicit, ARRAYS, "data", None))[0], WANT["mean"])
@@ -131,7 +131,7 @@ def test_batches_of_sequences() -> None:
         for kind in (AxisType.Explicit, AxisType.Auto):
             this = mesh(kind)
             with jax.set_mesh(this):
-                for r in REDUCTIONS:
+                for r in REDUCTIONS if kind == AxisType.Explicit else ("mean",):
                     f = functools.partial(value_and_gradients, reduction=r)
                     got, _ = compiled(f, put(this, shaped))
                     value, (x_bar, *rest) = got
@@ -140,8 +140,8 @@ def test_batches_of_sequences() -> None:
             return head(*args, return_aux=True, chunk=4, **rest)
         x, w, _, y, _ = shaped
         want = extras(x, w, y)
-        with jax.set_mesh(mesh(AxisType.Explicit)) as _:
-            this = mesh(AxisType.Explicit)
+        this = mesh(AxisType.Explicit)
+        with jax.set_mesh(this):
             x, w, _, y, _ = put(this, shaped)
             got = jax.jit(extras)(x, w, y)
         assert np.asarray(got[1].predicted).tolist() == np.asarray(want[1].predicted).tolist()
@@ -177,7 +177,7 @@ def test_shard_map(check_vma: bool) -> None:
                 x, w, bias, y, weight)
 
         counts = []
-        for chunk in (2, 8, 32):
+        for chunk in (2, 8):
             got, count = compiled(functools.partial(by_hand, chunk=chunk), put(auto, ARRAYS))
             agree(got, WANT["mean"])
             counts.append(count)
@@ -205,7 +205,9 @@ def test_shard_map(check_vma: bool) -> None:
     agrees(start(program.replace("CHECK_VMA", str(check_vma))))
 
 
-@pytest.mark.parametrize("way", ["auto", "explicit", "check_vma", "no check_vma"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("auto", marks=pytest.mark.exhaustive), "explicit", "check_vma", "no check_vma"]
+)
 def test_gradients_of_options(way: str) -> None:
     program = """
         options = dict(class_weight=np.float32(rng.uniform(1, 2, V)), z_loss=0.1, temperature=2.0, logit_softcap=4.0,
@@ -228,19 +230,19 @@ def test_gradients_of_options(way: str) -> None:
                 options, x, w, y)
 
         failed = []
-        for r in ("sum", "none"):
+        # All together, and some alone: what is not asked for takes another path.
+        some = {name: options[name] for name in ("temperature", "z_loss")}
+        for r, chosen in (("sum", options), ("none", some)):
             f = functools.partial(by_hand if "vma" in WAY else gradients, reduction=r)
-            # Together, and each alone: what is not asked for takes another path.
-            for chosen in (options, *({name: a} for name, a in options.items())):
-                want = gradients(chosen, X, W, Y, r)
-                with jax.set_mesh(this):
-                    x, w, _, y, _ = put(this, ARRAYS)
-                    got = jax.jit(f)(chosen, x, w, y)
-                for name in chosen:
-                    try:
-                        agree(got[name], want[name])
-                    except AssertionError as error:
-                        failed.append((r, name, len(chosen), float(np.mean(got[name]) / np.mean(want[name]))))
+            want = jax.jit(functools.partial(gradients, reduction=r))(chosen, X, W, Y)
+            with jax.set_mesh(this):
+                x, w, _, y, _ = put(this, ARRAYS)
+                got = jax.jit(f)(chosen, x, w, y)
+            for name in chosen:
+                try:
+                    agree(got[name], want[name])
+                except AssertionError:
+                    failed.append((r, name, float(np.mean(got[name]) / np.mean(want[name]))))
         assert not failed, failed
         print("agreed")
     """
@@ -272,12 +274,11 @@ def test_two_processes() -> None:
                     np.testing.assert_allclose(np.asarray(shard.data), here, rtol=0, atol=1e-5 * np.abs(w).max())
 
         assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
-        for kind in (AxisType.Explicit, AxisType.Auto):
-            this = mesh(kind)
-            with jax.set_mesh(this):
-                for r in REDUCTIONS:
-                    f = functools.partial(value_and_gradients, reduction=r)
-                    local(compiled(f, everywhere(this, ARRAYS))[0], WANT[r])
+        this = mesh(AxisType.Explicit)
+        with jax.set_mesh(this):
+            for r in REDUCTIONS:
+                f = functools.partial(value_and_gradients, reduction=r)
+                local(compiled(f, everywhere(this, ARRAYS))[0], WANT[r])
         print("agreed")
     """
     agrees(*(start(program, 4, connect.replace("PROCESS", str(i))) for i in range(2)))
