@@ -184,7 +184,7 @@ def test_memory_is_that_of_a_chunk(reduction: str) -> None:
         return jax.jvp(jax.grad(loss, (0, 1)), (x, w), (x, w))
 
     modes: list[Any] = [loss, jax.value_and_grad(loss, (0, 1)), lambda x, w: jax.jvp(loss, (x, w), (x, w))]
-    for f in modes + [pushed] * (jax.__version_info__ >= (0, 12)):
+    for f in [*modes, pushed]:
         compiled: Any = jax.jit(f).lower(x, w).compile()
         text = compiled.as_text()
         for shape in ("1024,512", "64,16,512", "16,64,512"):
