@@ -22,6 +22,13 @@ def require_array(name: str, x: ArrayLike) -> ArrayLike:
     return x
 
 
+def require_arrays(**named: ArrayLike | None) -> None:
+    """The same for several, of which None is one that is not given."""
+    for name, x in named.items():
+        if x is not None:
+            require_array(name, x)
+
+
 def as_float(name: str, x: ArrayLike) -> Array:
     """`x` as a floating-point array: integers and bools become the default float."""
     array = jnp.asarray(require_array(name, x))

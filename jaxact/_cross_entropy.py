@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype
 from jaxact._exponentials import certain, divisor, finite, maximum, times_jacobian, unless_all, widen
 from jaxact._forward_mode import forward_mode
 
 AxisName = Any  # of a mesh axis, or several
+BLOCK = 128  # classes that are summed together in a long row
 
 
 class Classes(NamedTuple):
@@ -64,20 +64,26 @@ class Adjustment(NamedTuple):
 
     def __call__(self, x: Array) -> Array:
         z = widen(x)
+        if self.cap is None and self.temperature is None:
+            return z
+        # A class that does not exist is neither capped nor scaled; not even 0 times its logit reaches a derivative.
+        exists = z != -jnp.inf
+        z = jnp.where(exists, z, 0)
         if self.cap is not None:
-            # A class that does not exist is not capped.
-            z = jnp.where(z == -jnp.inf, z, self.cap * jnp.tanh(z / self.cap))
-        return z if self.temperature is None else z / self.temperature
+            z = self.cap * jnp.tanh(z / self.cap)
+        if self.temperature is not None:
+            z = z / self.temperature
+        return jnp.where(exists, z, -jnp.inf)
 
 
 class Options(NamedTuple):
     """What makes a loss of log-probabilities, by the names of the public arguments. None leaves an option out."""
 
-    temperature: ArrayLike | None
-    label_smoothing: ArrayLike | None
-    z_loss: ArrayLike | None
-    logit_softcap: ArrayLike | None
-    class_weight: ArrayLike | None
+    temperature: Any
+    label_smoothing: Any
+    z_loss: Any
+    logit_softcap: Any
+    class_weight: Any
 
     @classmethod
     def checked(cls, **given: Any) -> "Options":
@@ -116,15 +122,21 @@ class Options(NamedTuple):
 
     def combine(self, losses: "Losses", label_weight: Array | None) -> Array:
         """The loss of each row."""
-        loss = losses.nll
+        nll, _, uniform = losses
+        factor = None if self.label_smoothing is None else 1 - jnp.asarray(self.label_smoothing, nll.dtype)
         if label_weight is not None:
-            # A weight of 0 leaves out even an infinite loss.
-            loss = label_weight * jnp.where((label_weight == 0) & jnp.isinf(loss), 0, loss)
+            factor = label_weight if factor is None else factor * label_weight
+        # A factor of 0 leaves out even an infinite loss.
+        loss = nll if factor is None else factor * jnp.where((factor == 0) & jnp.isinf(nll), 0, nll)
         if self.label_smoothing is not None:
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * losses.uniform
-        if self.z_loss is not None:
-            loss = loss + self.z_loss * jnp.square(jnp.where(losses.lse > -jnp.inf, losses.lse, 0))
-        return loss
+            loss = loss + self.label_smoothing * uniform
+        return loss if self.z_loss is None else loss + self.z_loss * square_of(losses.lse)
+
+
+def square_of(lse: Array) -> Array:
+    """lse², 0 where no class is left; an infinite one is a constant."""
+    finite = jnp.isfinite(lse) | jnp.isnan(lse)
+    return jnp.square(jnp.where(finite, lse, 0)) + jnp.where(lse == jnp.inf, jnp.inf, 0)
 
 
 def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | None:
@@ -139,13 +151,19 @@ def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | No
 
 def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
     """The place of each label among this shard's classes, outside of them if on another; and which labels exist."""
-    first, count = 0, classes
-    if axis_name is not None:
-        first, count = lax.axis_index(axis_name) * classes, classes * lax.axis_size(axis_name)
+    first: Any = 0 if axis_name is None else lax.axis_index(axis_name) * classes
+    count = classes if axis_name is None else classes * lax.axis_size(axis_name)
     # A narrow or unsigned dtype holds neither the count nor a difference.
     wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     exists = (wide >= 0) & (wide < count)
     return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
+
+
+def counts(labels: Array, ignore_index: int) -> Array:
+    """Where a label is not the one to ignore, which may not even exist in its dtype."""
+    info = jnp.iinfo(labels.dtype)
+    known = info.min <= ignore_index <= info.max
+    return labels != ignore_index if known else jnp.ones_like(labels, bool)
 
 
 def elsewhere(z: Array, y: Array) -> Array:
@@ -161,7 +179,7 @@ def at_label(z: Array, y: Array, classes: Classes) -> Array:
     """z_y, with the class axis kept; infinite if it is the largest number."""
     largest = float(jnp.finfo(z.dtype).max)
 
-    if classes.axis_name is None and not any(jax.typeof(z).sharding.spec):
+    if _whole(z, classes):
         z_y = finite(jnp.take_along_axis(z, y[..., None], -1, mode="clip"))
     else:
         # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
@@ -170,11 +188,30 @@ def at_label(z: Array, y: Array, classes: Classes) -> Array:
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
 
+def _whole(z: Array, classes: Classes) -> bool:
+    """Whether the classes are split neither by hand nor over the explicit axes of a mesh."""
+    return classes.axis_name is None and not any(jax.typeof(z).sharding.spec)
+
+
+def _in_blocks(z: Array, y: Array, shift: Array) -> Array:
+    """The sum of e^{z − shift} but at the label: of long rows on CPU in two thirds of the time of a sum with a mask.
+
+    Only the label's block needs one.
+    """
+    blocks = z.reshape(*z.shape[:-1], -1, BLOCK)
+    own = jnp.take_along_axis(blocks, (y // BLOCK)[..., None, None], -2, mode="clip")[..., 0, :]
+    sums = jnp.sum(jnp.exp(blocks - shift[..., None]), -1) * elsewhere(blocks[..., 0], y // BLOCK)
+    at_own = jnp.exp(own - shift) * elsewhere(own, y % BLOCK)
+    return jnp.sum(sums, -1, keepdims=True) + jnp.sum(at_own, -1, keepdims=True)
+
+
 def label_sums(z: Array, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
     """z_y and the sums. Rows that are not `live` do not matter and may hold anything."""
     z_y = at_label(z, y, classes)
 
     def others_about(shift: Array, z: Array, y: Array) -> Array:
+        if classes.branch and _whole(z, classes) and z.shape[-1] % BLOCK == 0 and z.shape[-1] >= 32 * BLOCK:
+            return _in_blocks(z, y, shift)
         return classes.sum(jnp.exp(z - shift) * elsewhere(z, y))
 
     def about_label(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
@@ -209,7 +246,9 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
         uniform = jnp.zeros_like(nll)
     else:
         at_each, heavy, count = _spread(z, weights, classes)
-        distance = classes.sum(at_each * (shift - jnp.where(z == -jnp.inf, 0, z)))
+        # Beside an infinite logit every other class is infinitely unlikely.
+        distance = jnp.where(infinite & (z < jnp.inf), jnp.inf, shift - finite(z))
+        distance = classes.sum(jnp.where(at_each == 0, 0, at_each * distance))
         uniform = (heavy * log_total + distance) / count
     return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
 
@@ -226,10 +265,11 @@ def _spread(z: Array, weights: Array, classes: Classes) -> tuple[Array, Array, A
 def label_losses(
     classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
 ) -> tuple[Losses, LabelSums]:
-    """The losses of logits `x` after adjustment, and the sums they are made of, as constants."""
+    """The losses of logits `x` after adjustment, 0 where not live; and the sums they are made of, as constants."""
     z = adjust(x)
     z_y, sums = label_sums(z, y, live, classes)
-    return losses_of(z, z_y, sums, weights, classes), sums
+    losses = losses_of(z, z_y, sums, weights, classes)
+    return losses if live is None else Losses(*(jnp.where(live, a, 0) for a in losses)), sums
 
 
 def _label_losses_fwd(
@@ -241,6 +281,8 @@ def _label_losses_fwd(
 
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, sums = residuals
+    if live is not None and adjust != Adjustment(None, None):
+        x = jnp.where(live[..., None], x, 0)  # 0 times nan, otherwise, in the derivatives of the adjustment
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
     z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, sums, cotangents[0], classes)
     x_bar, adjust_bar = pull(z_bar)
@@ -261,8 +303,7 @@ def logit_cotangent(
     classes: Classes,
 ) -> tuple[Array, Array | None]:
     """The cotangents of the logits and of the weights."""
-    # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count. At the label 1 − p is −expm1(−nll), which is
-    # as accurate as the loss.
+    # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count.
     nll, g_nll, g_lse, g_uniform = (a[..., None] for a in (nll, *g))
     if weights is not None:
         at_each, heavy, count = _spread(z, weights, classes)
@@ -270,7 +311,7 @@ def logit_cotangent(
         g_lse = g_lse + g_each * heavy
     p = _probabilities(classes, z, sums)
     here = elsewhere(z, y) == 0
-    z_bar = jnp.where(here, g_nll * jnp.expm1(-nll) + g_lse * jnp.exp(-nll), (g_nll + g_lse) * p)
+    z_bar = jnp.where(here, g_lse * jnp.exp(-nll) - g_nll * _complement(nll), (g_nll + g_lse) * p)
     weights_bar = None
     if weights is not None:
         z_bar = z_bar - g_each * at_each
@@ -284,6 +325,16 @@ def logit_cotangent(
     exists = z != -jnp.inf
     z_bar = jnp.where(exists if live is None else exists & live[..., None], z_bar, 0)
     return z_bar, weights_bar
+
+
+@jax.custom_jvp
+def _complement(nll: Array) -> Array:
+    """1 − p of the label, as accurate as its loss −log p."""
+    return -jnp.expm1(-nll)
+
+
+# Written down because JAX 0.10 has 1 + expm1 for it, where all digits of a small p are lost.
+_complement.defjvps(lambda nll_dot, _, nll: nll_dot * jnp.exp(-nll))
 
 
 @forward_mode
@@ -307,28 +358,14 @@ def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, Non
 _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
-    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
-
-
-def _log_probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> Any:
-    return _log_probabilities(classes, z, sums), (z, sums)
-
-
-def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
-    z, sums = residuals
-    return g - _probabilities(classes, z, sums) * classes.sum(g), None
-
-
-_log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
-
-
-def entropy(z: Array, sums: LabelSums, classes: Classes) -> Array:
-    """−Σ p log p of each row, in nats."""
-    p, log_p = _probabilities(classes, z, sums), _log_probabilities(classes, z, sums)
-    return -classes.sum(p * jnp.where(p > 0, log_p, 0))[..., 0]
+def entropy(z: Array, sums: LabelSums, classes: Classes) -> tuple[Array, Any]:
+    """H = −Σ p log p of each row, in nats, and the cotangent of the logits as a function of its cotangent."""
+    p = _probabilities(classes, z, sums)
+    # A constant may be added to log p in the cotangent: only the probabilities have derivatives of their own.
+    log_p = (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
+    terms = jnp.where(p > 0, log_p, 0)
+    h = -classes.sum(p * terms)
+    return h[..., 0], lambda g: -g[..., None] * p * (terms + h)
 
 
 def predicted(z: Array, classes: Classes) -> Array:

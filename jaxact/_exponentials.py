@@ -79,8 +79,10 @@ def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[...,
     """`exact(*operands)`, for which `quick` may stand in where the condition holds throughout.
 
     On CPU a pass over the logits is what costs, and is left out where no row needs it. Elsewhere a branch on a value
-    that the device has computed may cost more than the pass.
+    that the device has computed may cost more than the pass, and so it does for a handful of numbers.
     """
+    if max(a.size for a in jax.tree.leaves(operands)) <= 64:
+        return exact(*operands)
 
     def on_cpu(*operands: Any) -> Any:
         return lax.cond(_all(condition), quick, exact, *operands)

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,21 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, masked, require_array
-from jaxact._cross_entropy import AxisName, Classes, Options, at_index, entropy, label_index, label_losses, predicted
+from jaxact._canonical import as_float, masked, require_array, require_arrays
+from jaxact._cross_entropy import (
+    Adjustment,
+    AxisName,
+    Classes,
+    Losses,
+    Options,
+    at_index,
+    counts,
+    entropy,
+    label_index,
+    label_losses,
+    logit_cotangent,
+    predicted,
+)
 from jaxact._forward_mode import forward_mode
 
 CHUNK_BYTES = 2**25  # of the logits that "auto" holds at a time
@@ -132,6 +145,7 @@ def linear_cross_entropy(
     ignored = None if ignore_index is None else _whole("ignore_index", ignore_index)
     for name, value in (("x", x), ("w", w), ("labels", labels)):
         require_array(name, value)
+    require_arrays(bias=bias, where=where, token_weight=token_weight, class_weight=class_weight)
     return _of_any(how, reduction, ignored, x, w, labels, bias, where, token_weight, options)
 
 
@@ -211,8 +225,8 @@ def _of_any(
 ) -> Any:
     x, w, labels = as_float("x", x), as_float("w", w), jnp.asarray(labels)
     shape = labels.shape
-    features, vocabulary = w.shape if how.layout == "dv" else w.shape[::-1] if w.ndim == 2 else (None, None)
-    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != features:
+    features, vocabulary = (w.shape if how.layout == "dv" else w.shape[::-1]) if w.ndim == 2 else (-1, -1)
+    if x.ndim == 0 or x.shape[-1] != features:
         wanted = "(D, V)" if how.layout == "dv" else "(V, D)"
         raise ValueError(f"x must have shape (..., D) and w {wanted}, got {x.shape} and {w.shape}.")
     if x.dtype != w.dtype:
@@ -228,7 +242,7 @@ def _of_any(
             raise ValueError(f"bias must have shape ({vocabulary},), got {bias.shape}.")
     live = jnp.ones(shape, bool) if where is None else masked(jnp.ones(shape, bool), where, False)
     if ignore_index is not None:
-        live &= labels != ignore_index
+        live &= counts(labels, ignore_index)
     weight = jnp.ones(shape, dtype)
     if token_weight is not None:
         try:
@@ -260,9 +274,10 @@ def _on_mesh(how: _How, reduction: str, x: Array, w: Array, tokens: Any, bias: A
         functools.partial(_loss, here, reduction),
         mesh=mesh,
         in_specs=specs,
-        out_specs=(out, Auxiliary(*[by_token] * 4, P())) if how.extras else out,
+        out_specs=(out, cast(Any, Auxiliary)(by_token, by_token, by_token, by_token, P())) if how.extras else out,
     )
     arguments = (x, w, tokens, bias, options)
+    tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
     leaves, tree = jax.tree.flatten(arguments)
     wanted = [NamedSharding(mesh, spec) for spec in _along(specs, arguments)]
     return of_device(*tree.unflatten([jax.sharding.reshard(a, to) for a, to in zip(leaves, wanted, strict=True)]))
@@ -304,7 +319,8 @@ def _loss(how: _How, reduction: str, x: Array, w: Array, tokens: Any, bias: Arra
         return loss
     number = jnp.where(live, rows.predicted, -1)
     fields = (rows.lse, rows.entropy, number, live & exists & (number == labels))
-    return loss, Auxiliary(*(a.reshape(shape) for a in fields), how.over_batch(jnp.sum(live)))
+    lse, spread, number, correct = (a.reshape(shape) for a in fields)
+    return loss, Auxiliary(lse, spread, number, correct, how.over_batch(jnp.sum(live)))
 
 
 @forward_mode
@@ -350,8 +366,7 @@ def _attached_fwd(how: _How, *arguments: Any) -> Any:
 
 def _attached_bwd(how: _How, residuals: Any, g: _Rows) -> Any:
     asked, operands, tokens = residuals
-    tree: Any
-    tree = jax.tree.structure(operands)
+    tree: Any = jax.tree.structure(operands)
     moving = tree.unflatten([a is not None for a in tree.flatten_up_to(asked)])
     _, gradients = _sweep(how, operands, tokens, g._replace(predicted=None), moving)
     return _cotangents(how, gradients, _samples(operands)), None, None
@@ -392,7 +407,7 @@ def _cotangents(how: _How, gradients: Any, samples: Any) -> Any:
         extra = tuple(_varying(g) - _varying(sample)) if tracked else () if split else how.axis_name
         return (lax.psum(g, extra) if extra else g).astype(sample.dtype)
 
-    tree = jax.tree.structure(samples)
+    tree: Any = jax.tree.structure(samples)
     by_class = _Operands(False, True, True, Options(False, False, False, False, True))
     return tree.unflatten(
         map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), _along(by_class, samples))
@@ -427,7 +442,10 @@ def _sweep(
     )
     axes = frozenset[Any]().union(*map(_varying, jax.tree.leaves((operands, tokens, g))))
     sums = jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, sums)
-    sums, (rows, x_bar) = lax.scan(step, sums, split)
+    # Under checkpoint too: JAX 0.10 forgets custom rules, and with them second derivatives, in the part of a loop that it
+    # takes to be known.
+    loop = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
+    sums, (rows, x_bar) = loop(sums, split)
     rows, x_bar = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(size * count, *a.shape[2:]), (rows, x_bar))
     if size * count < n:
         sums, last = step(sums, rest)
@@ -447,24 +465,45 @@ def _nothing(operands: _Operands) -> Any:
 def _chunk(how: _How, operands: _Operands, tokens: _Tokens, g: _Rows | None, moving: Any, sums: Any) -> Any:
     """One chunk: its rows and the cotangent of its x; the cotangents of the other operands are added to `sums`."""
     x, w, bias, options = operands
+    x = jnp.where(tokens.live[:, None], x, 0)  # 0 times nan, otherwise, in the products
     # The axes of w that x is multiplied over, and the other.
     over, other = (0, 1) if how.layout == "dv" else (1, 0)
     z = how.product(x, w, 1, over)
     if bias is not None:
         z = z + bias.astype(z.dtype)
 
-    def rows_of(z: Array, options: Options) -> Any:
-        return _rows(how, z, tokens, options)
+    weights = options.weights(z.shape[-1], z.dtype)
+    spread, adjust = options.spread(weights, z.dtype), options.adjustment(z)
+    adjusted, pull_adjust = jax.vjp(lambda z, adjust: adjust(z), z, adjust)
+    losses, given = label_losses(how.classes, adjusted, tokens.y, tokens.live, spread, Adjustment(None, None))
 
+    def loss_of(losses: Losses, options: Options) -> Array:
+        by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)
+        return jnp.where(tokens.live, options.combine(losses, by_class), 0)
+
+    loss, pull_loss = jax.vjp(loss_of, losses, options)
+    rows = _Rows(loss, losses.lse)
+    if how.extras:
+        nats, pull_entropy = entropy(adjusted, given, how.classes)
+        rows = _Rows(loss, losses.lse, jnp.where(tokens.live, nats, 0), predicted(adjusted, how.classes))
     if g is None:
-        rows, number = rows_of(z, options)
-        return sums, (rows._replace(predicted=number), None)
+        return sums, (rows, None)
+
+    # By hand and not by `jax.vjp` of all this: JAX 0.10 forgets custom rules, and with them second derivatives, of what
+    # it transposes inside a loop.
+    losses_bar, options_bar = pull_loss(g.loss)
+    losses_bar = losses_bar._replace(lse=losses_bar.lse + g.lse)
+    z_bar, spread_bar = logit_cotangent(
+        adjusted, tokens.y, tokens.live, spread, losses.nll, given, losses_bar, how.classes
+    )
+    if how.extras:
+        z_bar = z_bar + jnp.where(tokens.live[:, None], pull_entropy(g.entropy), 0)
+    z_bar, adjust_bar = pull_adjust(z_bar)
     if any(jax.tree.leaves(moving.options)):
-        rows, pull, number = jax.vjp(rows_of, z, options, has_aux=True)
-        z_bar, options_bar = pull(g)
-    else:
-        rows, pull, number = jax.vjp(lambda z: rows_of(z, options), z, has_aux=True)
-        (z_bar,), options_bar = pull(g), options
+        _, pull_options = jax.vjp(
+            lambda o: (o.spread(o.weights(z.shape[-1], z.dtype), z.dtype), o.adjustment(z)), options
+        )
+        options_bar = jax.tree.map(jnp.add, options_bar, pull_options((spread_bar, adjust_bar))[0])
     bars = _Operands(None, None, z_bar.sum(0) if moving.bias else None, options_bar)
     z_bar = z_bar.astype(x.dtype)
     x_bar = how.product(z_bar, w, 1, other) if moving.x else None
@@ -472,18 +511,4 @@ def _chunk(how: _How, operands: _Operands, tokens: _Tokens, g: _Rows | None, mov
         bars = bars._replace(w=how.product(x, z_bar, 0, 0) if how.layout == "dv" else how.product(z_bar, x, 0, 0))
     # The tree of the sums has None for what is not asked for.
     sums = jax.tree.map(lambda a, b: None if a is None else a + b, sums, bars, is_leaf=lambda a: a is None)
-    return sums, (rows._replace(predicted=number), x_bar)
-
-
-def _rows(how: _How, z: Array, tokens: _Tokens, options: Options) -> tuple[_Rows, Array | None]:
-    """What is differentiable of the rows, and the predicted class."""
-    y, live = tokens
-    weights = options.weights(z.shape[-1], z.dtype)
-    adjust = options.adjustment(z)
-    losses, sums = label_losses(how.classes, z, y, live, options.spread(weights, z.dtype), adjust)
-    loss = options.combine(losses, at_index(weights, y, how.axis_name))
-    loss, lse = jnp.where(live, loss, 0), jnp.where(live, losses.lse, 0)
-    if not how.extras:
-        return _Rows(loss, lse), None
-    z = adjust(z)
-    return _Rows(loss, lse, jnp.where(live, entropy(z, sums, how.classes), 0)), predicted(z, how.classes)
+    return sums, (rows, x_bar)

@@ -12,8 +12,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jaxact._canonical import Axis, as_float, canonical_axis, canonical_scalar, compute_dtype, masked, require_array
-from jaxact._cross_entropy import AxisName, Classes, Options, at_index, label_index, label_losses
+from jaxact._canonical import (
+    Axis,
+    as_float,
+    canonical_axis,
+    canonical_scalar,
+    compute_dtype,
+    masked,
+    require_array,
+    require_arrays,
+)
+from jaxact._cross_entropy import AxisName, Classes, Options, at_index, counts, label_index, label_losses, square_of
 from jaxact._exponentials import widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
@@ -96,9 +105,10 @@ def softmax_cross_entropy_with_integer_labels(
             ignore_index = operator.index(ignore_index)
         except TypeError:
             raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}.") from None
-    require_array("logits", logits)
-    require_array("labels", labels)
-    return _of_integers(logits, labels, where, options, axis, ignore_index, axis_name)
+    require_arrays(where=where, class_weight=class_weight)
+    return _of_integers(
+        require_array("logits", logits), require_array("labels", labels), where, options, axis, ignore_index, axis_name
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -120,14 +130,14 @@ def _of_integers(
             f"labels must have the shape of logits without axis {axis}, {x.shape[:-1]}, got {labels.shape}."
         )
     if ignore_index is not None:
-        live = labels != ignore_index if live is None else live & (labels != ignore_index)
+        live = counts(labels, ignore_index) if live is None else live & counts(labels, ignore_index)
     dtype = compute_dtype(x.dtype)
     y, exists = label_index(labels, x.shape[-1], axis_name)
     weights = options.weights(x.shape[-1], dtype)
     rows, _ = label_losses(Classes(axis_name), x, y, live, options.spread(weights, dtype), options.adjustment(x))
     loss = options.combine(rows, at_index(weights, y, axis_name))
     # As a factor nan reaches the gradient too.
-    return _counted(loss * jnp.where(exists, 1, jnp.nan), live)
+    return _counted(loss * jnp.where(exists if live is None else exists | ~live, 1, jnp.nan), live)
 
 
 def _rows(name: str, x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array | None]:
@@ -187,7 +197,8 @@ def softmax_cross_entropy(
         ValueError: if shapes do not fit, `axis` is out of range, or an option is out of its range.
 
     Derivative:
-        p Σ q − q with q the smoothed and weighted labels; of the labels, −w log p, and 0 where a class has logit −inf.
+        p Σ q − q with q the smoothed and weighted labels of the classes that are possible; of the labels, −w log p, and
+        0 where a class is impossible, because its logit is −inf or another's +inf.
         Reverse mode keeps `logits` in float32 and q, and log p where the labels are differentiated.
 
     Numerics:
@@ -209,6 +220,7 @@ def softmax_cross_entropy(
         logit_softcap=logit_softcap,
         class_weight=class_weight,
     )
+    require_arrays(where=where, class_weight=class_weight)
     return _of_probabilities(require_array("logits", logits), require_array("labels", labels), where, options, axis)
 
 
@@ -216,29 +228,26 @@ def softmax_cross_entropy(
 def _of_probabilities(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None, options: Options, axis: Axis
 ) -> Array:
-    logits = as_float("logits", logits)
-    labels = _broadcast("labels", labels, logits)
-    x, live = _rows("logits", logits, where, axis)
+    wide = as_float("logits", logits)
+    labels = _broadcast("labels", labels, wide)
+    x, live = _rows("logits", wide, where, axis)
     # A masked class leaves no trace, its label included.
     q, _ = _rows("labels", labels if live is not None else masked(labels, where, 0), None, axis)
-    z = options.adjustment(x)(x)
-    q = q.astype(z.dtype)
     if live is not None:
-        z, q = jnp.where(live[..., None], z, 0), jnp.where(live[..., None], q, 0)
-    exists = z != -jnp.inf
+        x, q = jnp.where(live[..., None], x, 0), jnp.where(live[..., None], q, 0)
+    z = options.adjustment(x)(x)
+    q, weights, exists = q.astype(z.dtype), options.weights(x.shape[-1], z.dtype), z != -jnp.inf
+    if options.label_smoothing is not None:
+        count = jnp.maximum(jnp.sum(exists, -1, keepdims=True, dtype=z.dtype), 1)
+        q = (1 - options.label_smoothing) * q + jnp.where(exists, options.label_smoothing / count, 0)
+    if weights is not None:
+        q = q * weights
     log_p = log_softmax(z)
     impossible = log_p == -jnp.inf
     hopeless = jnp.any((q != 0) & impossible, -1) & jnp.any(exists, -1)
-    weights = options.weights(x.shape[-1], z.dtype)
-    if options.label_smoothing is not None:
-        count = jnp.maximum(jnp.sum(exists, -1, keepdims=True, dtype=z.dtype), 1)
-        q = (1 - options.label_smoothing) * q + options.label_smoothing / count
-    if weights is not None:
-        q = q * weights
     loss = jnp.where(hopeless, jnp.inf, 0) - jnp.sum(q * jnp.where(impossible, 0, log_p), -1)
     if options.z_loss is not None:
-        lse = logsumexp(z, axis=-1)
-        loss = loss + options.z_loss * jnp.square(jnp.where(lse > -jnp.inf, lse, 0))
+        loss = loss + options.z_loss * square_of(logsumexp(z, axis=-1))
     return _counted(loss, live)
 
 
@@ -295,6 +304,7 @@ def sigmoid_binary_cross_entropy(
     """
     e = canonical_scalar("label_smoothing", label_smoothing, lambda e: 0 <= e <= 1, "in [0, 1]", nothing=0)
     require_array("logits", logits)
+    require_arrays(pos_weight=pos_weight, where=where)
     return _binary_cross_entropy_of_any(logits, require_array("labels", labels), pos_weight, e, where)
 
 
@@ -309,7 +319,7 @@ def _binary_cross_entropy_of_any(
     x = masked(as_float("logits", logits), where, 0)
     y = _probability(labels, x, where)
     if smoothing is not None:
-        y = (1 - smoothing) * y + smoothing / 2
+        y = y + jnp.asarray(smoothing, y.dtype) * (0.5 - y)
     weight = None if pos_weight is None else masked(_broadcast("pos_weight", pos_weight, x).astype(y.dtype), where, 1)
     loss = _binary_cross_entropy(x, y, weight)
     return loss if where is None else masked(loss, where, 0)
@@ -336,11 +346,11 @@ def _times(a: Array, b: Array) -> Array:
     return jnp.where(a == 0, 0, a * b)
 
 
-def _binary_cross_entropy_fwd(x: Array, y: Array, weight: Array | None) -> tuple[Array, tuple[Array, ...]]:
+def _binary_cross_entropy_fwd(x: Array, y: Array, weight: Array | None) -> Any:
     return _binary_cross_entropy(x, y, weight), (x, y, weight)
 
 
-def _binary_cross_entropy_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array | None]:
+def _binary_cross_entropy_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array | None]:
     x, y, weight = residuals
     wide = widen(x)
     positive = y if weight is None else weight * y
@@ -398,6 +408,7 @@ def sigmoid_focal_loss(
     """
     canonical_scalar("gamma", gamma, lambda c: 0 <= c < math.inf, "finite and not negative")
     require_array("logits", logits)
+    require_arrays(alpha=alpha, where=where)
     # A small whole power is multiplied out.
     power = int(gamma) if isinstance(gamma, (int, float)) and gamma in range(1, 9) else None
     return _focal_of_any(logits, require_array("labels", labels), alpha, gamma, where, power)
@@ -420,7 +431,10 @@ def _focal_of_any(
 
 
 def _focus(power: int | None, q: Array, gamma: Array) -> Array:
-    return lax.integer_pow(q, power) if power is not None else jnp.power(q, gamma)
+    if power is not None:
+        return lax.integer_pow(q, power)
+    # At 0 the derivative of a power is 0 times infinity.
+    return jnp.where(q == 0, jnp.where(gamma == 0, 1, 0), jnp.power(jnp.where(q == 0, 1, q), gamma))
 
 
 def _share(y: Array, alpha: Array | None) -> Array | float:
@@ -444,8 +458,9 @@ def _focal_loss_bwd(power: int | None, residuals: Any, g: Array) -> Any:
     p, rest = sigmoid(wide), sigmoid(-wide)
     q = (1 - y) * p + y * rest
     focus, loss, share = _focus(power, q, gamma), _binary_cross_entropy(wide, y, None), _share(y, alpha)
-    # σ′/q is at most 1: q is 0 only where σ′ is.
-    of_focus = gamma * _times(p * rest, 1 / q)
+    # σ′/q is a multiple of e^−|x|, but for a hard label on its own side, where q is one too and it cancels.
+    e, likely, far = jnp.exp(-jnp.abs(wide)), jnp.maximum(p, rest), jnp.where(wide > 0, 1 - y, y)
+    of_focus = gamma * likely * jnp.where(far == 0, 1, e / jnp.where(far == 0, 1, far + (1 - far) * e))
     x_bar = share * focus * (_times((1 - 2 * y) * of_focus, loss) + ((1 - y) * p - y * rest))
     # ∂q/∂y = 1 − 2p, and that of the cross-entropy is −x.
     of_labels = _times(gamma * focus * (rest - p), loss / q) - _times(focus, wide)
@@ -454,7 +469,8 @@ def _focal_loss_bwd(power: int | None, residuals: Any, g: Array) -> Any:
     if alpha is not None:
         y_bar = y_bar + (2 * alpha - 1) * _times(focus, loss)
         alpha_bar = g * (2 * y - 1) * _times(focus, loss)
-    gamma_bar = jnp.sum(g * share * _times(focus, jnp.log(q) * loss))
+    log_q = jnp.where(y == 1, -softplus(wide), jnp.where(y == 0, -softplus(-wide), jnp.log(q)))
+    gamma_bar = jnp.sum(g * share * _times(focus * loss, log_q))
     return (g * x_bar).astype(x.dtype), g * y_bar, alpha_bar, gamma_bar
 
 

@@ -93,6 +93,22 @@ def test_values_and_gradients(kind: str, scale: float | str, dtype: str) -> None
     assert (abs(np.asarray(pushed, np.float64) - terms) <= allowed + LOST["float32"]).all()
 
 
+@pytest.mark.parametrize("classes", [4095, 4096, 8192])
+def test_long_rows(classes: int) -> None:
+    # Of 4096 classes or more the sum is taken in blocks of 128; here the label is at their ends.
+    y = np.array([0, 1, 127, 128, 2047, 2048, classes - 129, classes - 128, classes - 1])
+    x = np.random.default_rng(0).normal(size=(9, classes)).astype(np.float32)
+    x[::2, :] *= 30  # some losses are over 87, where the sum about the label overflows
+    x[np.arange(9), y] += np.float32([0, 25, 40, 25, 300, 0, 0, 15, 0])
+    value, gradient, off, moved = oracles.label_cross_entropy(x, y)
+    got, slope = jax.value_and_grad(lambda x: integer_loss(x, jnp.asarray(y)).sum())(jnp.asarray(x))
+    each = np.asarray(integer_loss(jnp.asarray(x), jnp.asarray(y)), np.float64)
+    np.testing.assert_allclose(float(got), each.sum(), rtol=8 * U)  # a sum of nine
+    # The allowance of test_values_and_gradients, and half an ulp a level of a sum of 4096 positive numbers in a tree.
+    assert (abs(each - value) <= U * off + 16 * spacing(value, "float32")).all()
+    assert (abs(np.asarray(slope, np.float64) - gradient) <= U * moved + 24 * U * abs(gradient) + LOST["float32"]).all()
+
+
 @jax.jit
 def of_label_0(x: Any) -> Any:
     """Of [x, 0] and of x alone: value, gradient and Hessian of each loss."""

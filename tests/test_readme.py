@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxact
@@ -18,20 +19,20 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 ROWS = re.findall(r"^\| `(.+?)` \| (\S+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
 
 
-def evaluate(expression: str, nn: ModuleType) -> float:
-    return float(eval(expression, {"jax": jax, "jnp": jnp, "nn": nn}))
+def evaluate(expression: str, nn: ModuleType, losses: ModuleType) -> float:
+    return float(eval(expression, {"jax": jax, "jnp": jnp, "nn": nn, "losses": losses}))
 
 
 @pytest.mark.parametrize(("expression", "theirs", "ours", "exact"), ROWS)
 def test_every_line_of_the_table(expression: str, theirs: str, ours: str, exact: str) -> None:
     # Five digits are printed.
-    np.testing.assert_allclose(evaluate(expression, jaxact), float(ours), rtol=5e-5)
-    np.testing.assert_allclose(evaluate(expression, jax.nn), float(theirs), rtol=5e-5)
+    np.testing.assert_allclose(evaluate(expression, jaxact, jaxact.losses), float(ours), rtol=5e-5)
+    np.testing.assert_allclose(evaluate(expression, jax.nn, optax.losses), float(theirs), rtol=5e-5)
     np.testing.assert_allclose(float(ours), float(exact), rtol=5e-5)
 
 
 def test_the_table_was_found() -> None:
-    assert len(ROWS) == 10
+    assert len(ROWS) == 16
 
 
 def test_every_example_runs() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 import jaxact
+from jaxact import losses
 from jaxact.verify import Report, rule, values
 
 Function = Callable[..., Any]
@@ -181,6 +182,13 @@ ROWS = np.array([[30, 0, -5, 1, 2], [0.5, -1.25, 2, 0.75, -3], [-4, 6, 1, 5.5, 3
 WEIGHTS = np.array([[1, 2, 0.5, 1, 1], [0.5, -0.25, 2, 1, 3], [1, 1, 0, 3, 0.5]])
 MASK = np.array([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 0]], bool)
 
+# 32 bits: JAX passes wider constants to a jitted function as they are, whatever the function was compiled for.
+LABELS = np.array([0, 2, 3], np.int32)
+SOFT = np.array([[0.75, 0, 0.25, 0, 0], [0.5, 0.25, 0.125, 0.125, 0], [0, 1, 0, 0, 0]])
+SCORES, BINARY = np.array([-9.5, -2, 0.25, 1, 12, 3, -6]), np.array([0, 1, 0.75, 0.25, 1, 0, 0])
+FEATURES = np.array([[1.5, -0.5, 2, 0.25], [-1, 0.75, 0.5, 2], [0.125, 1, -1.75, 0.5]])
+PROJECTION = np.array([[1, 0.5, -1, 2, 0], [0.25, -2, 1, 0.5, 1], [3, -1, 0.5, 0.75, -0.5], [-1, 1, 2, -0.25, 0.5]])
+
 _SIGMOID = Elementwise(sigmoid, sigmoid_slope, exact_sigmoid_slope, jax.nn.sigmoid, 2.0)
 _LOG_SIGMOID = Elementwise(
     lambda x: -softplus(-x), lambda x: sigmoid(-x), exact_sigmoid_of_minus, jax.nn.log_sigmoid, 3.0
@@ -203,6 +211,38 @@ def textbook_masked_softmax(x: Any) -> Array:
     return e / e.sum(-1, keepdims=True)
 
 
+def integer_cross_entropy(x: Any) -> Array:
+    return losses.softmax_cross_entropy_with_integer_labels(x, LABELS)
+
+
+def textbook_cross_entropy(x: Any) -> Array:
+    return textbook_soft_cross_entropy(x, np.eye(x.shape[-1], dtype=np.float32)[LABELS])
+
+
+def textbook_soft_cross_entropy(x: Any, labels: Any) -> Array:
+    return jnp.sum(labels * (jnp.log(jnp.exp(x).sum(-1, keepdims=True)) - x), -1)
+
+
+def textbook_binary_cross_entropy(x: Any, y: Any) -> Array:
+    return y * jnp.log(1 + jnp.exp(-x)) + (1 - y) * jnp.log(1 + jnp.exp(x))
+
+
+def focal_loss(x: Any) -> Array:
+    return losses.sigmoid_focal_loss(x, 1, 0.25)
+
+
+def textbook_focal_loss(x: Any) -> Array:
+    return 0.25 / (1 + jnp.exp(x)) ** 2 * jnp.log(1 + jnp.exp(-x))
+
+
+def head(x: Any, w: Any) -> Array:
+    return jaxact.linear_cross_entropy(x, w, LABELS)
+
+
+def textbook_head(x: Any, w: Any) -> Array:
+    return textbook_cross_entropy(x @ w).mean()
+
+
 BOTH, NARROW = ("float32", "float64"), ("float32",)  # of rows, more takes too long
 SUBJECTS = {
     "sigmoid": Subject(jaxact.sigmoid, (LINE,), _SIGMOID, second=BOTH),
@@ -218,4 +258,13 @@ SUBJECTS = {
         softmax_with_temperature, (ROWS, np.array(2.0)), reference=textbook_softmax_with_temperature
     ),
     "masked_softmax": Subject(masked_softmax, (ROWS,), reference=textbook_masked_softmax),
+    "softmax_cross_entropy_with_integer_labels": Subject(
+        integer_cross_entropy, (ROWS,), reference=textbook_cross_entropy
+    ),
+    "softmax_cross_entropy": Subject(losses.softmax_cross_entropy, (ROWS, SOFT), reference=textbook_soft_cross_entropy),
+    "sigmoid_binary_cross_entropy": Subject(
+        losses.sigmoid_binary_cross_entropy, (SCORES, BINARY), reference=textbook_binary_cross_entropy
+    ),
+    "sigmoid_focal_loss": Subject(focal_loss, (SCORES,), reference=textbook_focal_loss),
+    "linear_cross_entropy": Subject(head, (FEATURES, PROJECTION), reference=textbook_head),
 }

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 SUMMARY = "Verify the derivative rules of jaxact, or of a function of yours, against an exact oracle."
 NAMES = (
     "sigmoid", "log_sigmoid", "softplus", "logit", "softmax", "log_softmax", "logsumexp", "weighted_logsumexp",
-    "softmax_with_temperature", "masked_softmax",
+    "softmax_with_temperature", "masked_softmax", "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy",
+    "sigmoid_binary_cross_entropy", "sigmoid_focal_loss", "linear_cross_entropy",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULTS: dict[str, Any] = {

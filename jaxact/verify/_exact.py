@@ -224,7 +224,7 @@ def _operations(mp: Any) -> dict[str, Callable[..., Any]]:
         "convert_element_type": _convert,
         "concatenate": lambda *parts, dimension, **_: np.concatenate(parts, dimension),
         "iota": lambda *, dtype, shape, dimension, **_: numbers(
-            np.asarray(jax.lax.broadcasted_iota(dtype, shape, dimension))
+            np.indices(shape, sparse=True)[dimension].astype(dtype) + np.zeros(shape, dtype)
         ),
         "dot_general": _dot,
         "argmax": lambda a, axes, **_: np.argmax(a, axes[0]),
