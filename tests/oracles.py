@@ -192,3 +192,28 @@ def complex_step(f: Callable[..., Any], arguments: dict[str, Any], name: str) ->
         moved[i] += 1e-30j
         gradient[i] = f(**arguments | {name: moved}).imag / 1e-30
     return gradient
+
+
+def linear_cross_entropy(
+    x: Any,
+    w: Any,
+    labels: np.ndarray,
+    *,
+    bias: Any = 0,
+    w_layout: str = "dv",
+    where: Any = True,
+    ignore_index: int | None = -100,
+    token_weight: Any = 1,
+    reduction: str = "mean",
+    **options: Any,
+) -> Any:
+    """The loss of the logits x·w + bias, dense, in plain NumPy that takes complex numbers."""
+    z = x @ (w if w_layout == "dv" else w.T) + bias
+    live = where & (labels != ignore_index)
+    y = np.where(live, labels, 0)
+    weight = live * token_weight
+    loss = weight * cross_entropy(z, np.eye(z.shape[-1])[y], **options)
+    if reduction == "none":
+        return loss
+    total = np.sum(weight * np.asarray(options.get("class_weight", np.ones(z.shape[-1])))[y])
+    return loss.sum() / (1 if reduction == "sum" else total if total != 0 else np.inf)

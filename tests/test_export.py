@@ -1,7 +1,7 @@
 """Every function, its gradient, its pushforward and its Hessian lower for every platform, without having one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,14 @@ import jaxact
 from jaxact import losses
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def head(x: Array, reduction: Literal["mean", "none"]) -> Array:
+    """Of rows of four features, which are the projection too."""
+    rows = x.reshape(-1, 4)
+    labels = jnp.arange(rows.shape[0]).reshape(x.shape[:-1])
+    return jaxact.linear_cross_entropy(x, rows.T @ rows, labels, reduction=reduction, chunk=2)
+
 
 FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "sigmoid": jaxact.sigmoid,
@@ -28,6 +36,8 @@ FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "integer_loss": lambda x: losses.softmax_cross_entropy_with_integer_labels(x, jnp.full(x.shape[:-1], 2)),
     "dense_loss": lambda x: losses.softmax_cross_entropy(x, jnp.array([0.5, 0.25, 0, 0.25], x.dtype)),
     "binary_loss": lambda x: losses.sigmoid_binary_cross_entropy(x, jnp.array([0, 1, 0, 1])),
+    "head": lambda x: head(x, "mean"),
+    "head_none": lambda x: head(x, "none"),
     "focal_loss": lambda x: losses.sigmoid_focal_loss(x, jnp.array([0, 1, 0, 1]), gamma=2.0),
 }
 

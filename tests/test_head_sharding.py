@@ -1,0 +1,284 @@
+"""The fused head on eight devices, in one process and in two: as on one device, with no collective but all-reduce."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+
+COMMON = """
+    import collections, functools, re, sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from jaxact import linear_cross_entropy as head
+
+    rng = np.random.default_rng(0)
+    N, D, V = 64, 16, 96
+    X, W, BIAS = (np.float32(rng.normal(size=size)) for size in ((N, D), (D, V), (V,)))
+    Y, WEIGHT = np.int32(rng.integers(0, V, N)), np.float32(rng.uniform(0, 2, N))
+    Y[5] = -100
+    OPTIONS = dict(z_loss=0.01, label_smoothing=0.1, temperature=2.0, logit_softcap=4.0)
+    COTANGENT = np.cos(np.arange(N, dtype=np.float32))
+    ARRAYS = (X, W, BIAS, Y, WEIGHT)
+
+    def loss(x, w, bias, y, weight, reduction="mean", chunk=16, **rest):
+        out = head(x, w, y, bias=bias, token_weight=weight, reduction=reduction, chunk=chunk, **OPTIONS, **rest)
+        return out if reduction == "mean" else (out * COTANGENT.reshape(out.shape)).sum()
+
+    def value_and_gradients(*args, **options):
+        return jax.value_and_grad(functools.partial(loss, **options), (0, 1, 2))(*args)
+
+    def collectives(compiled):
+        kinds = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+        return collections.Counter(re.findall(rf"= .*? {kinds}(?:-start)?\\(", compiled.as_text()))
+
+    def agree(got, want):
+        # 1e-5 of the largest: sums of some 100 products in another order.
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=0, atol=1e-5 * np.abs(w).max())
+
+    def mesh(kind):
+        return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+    def put(mesh, arrays, batch="data", classes="model"):
+        specs = (P(batch), P(None, classes), P(classes), P(batch), P(batch))
+        return [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs)]
+
+    def compiled(f, args):
+        program = jax.jit(f).lower(*args).compile()
+        found = collectives(program)
+        assert set(found) <= {"all-reduce"}, found
+        return program(*args), found["all-reduce"]
+
+    REDUCTIONS = ("mean", "none")
+    WANT = {r: jax.jit(functools.partial(value_and_gradients, reduction=r))(*ARRAYS) for r in REDUCTIONS}
+"""
+
+
+def start(program: str, devices: int = 8, first: str = "") -> Any:
+    return subprocess.Popen(
+        [sys.executable, "-c", "\n".join(textwrap.dedent(part) for part in (first, COMMON, program))],
+        env={
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": ":".join(sys.path),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def agrees(*processes: Any) -> None:
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=120)
+            assert out.strip().endswith("agreed"), errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_meshes_with_automatic_axes() -> None:
+    program = """
+        auto = mesh(AxisType.Auto)
+        for r in REDUCTIONS:
+            f = functools.partial(value_and_gradients, reduction=r)
+            agree(compiled(f, put(auto, ARRAYS))[0], WANT[r])
+        f = value_and_gradients
+        agree(compiled(f, put(auto, ARRAYS, None))[0], WANT["mean"])
+        agree(compiled(f, put(auto, ARRAYS, ("data", "model"), None))[0], WANT["mean"])
+        print("agreed")
+    """
+    agrees(start(program))
+
+
+def test_meshes_with_explicit_axes() -> None:
+    program = """
+        explicit = mesh(AxisType.Explicit)
+        with jax.set_mesh(explicit):
+            args, counts = put(explicit, ARRAYS), []
+            for r in REDUCTIONS:
+                for chunk in (4, 16):
+                    got, count = compiled(functools.partial(value_and_gradients, reduction=r, chunk=chunk), args)
+                    agree(got, WANT[r])
+                    counts.append(count)
+                # Many chunks are a loop: what is in it stands in the program once. w's gradient is outside.
+                assert counts[-2] == counts[-1], counts
+            f = value_and_gradients
+            agree(compiled(f, put(explicit, ARRAYS, None))[0], WANT["mean"])
+            agree(compiled(f, put(explicit, ARRAYS, "data", None))[0], WANT["mean"])
+            agree(compiled(f, put(explicit, ARRAYS, ("data", "model"), None))[0], WANT["mean"])
+            (x_bar, w_bar, bias_bar) = jax.jit(f)(*args)[1]
+            assert jax.typeof(x_bar).sharding.spec == P("data", None)
+            assert jax.typeof(w_bar).sharding.spec == P(None, "model")
+            for r in REDUCTIONS:
+                def pushed(x, w, bias, y, weight):
+                    f = lambda x, w, bias: loss(x, w, bias, y, weight, reduction=r)
+                    return jax.jvp(f, (x, w, bias), (x, 2 * w, -bias))
+                agree(compiled(pushed, args)[0], jax.jit(pushed)(*ARRAYS))
+        print("agreed")
+    """
+    agrees(start(program))
+
+
+def test_batches_of_sequences() -> None:
+    program = """
+        shaped = [a.reshape(4, 16, *a.shape[1:]) if a.shape[0] == N else a for a in ARRAYS]
+        for kind in (AxisType.Explicit, AxisType.Auto):
+            this = mesh(kind)
+            with jax.set_mesh(this):
+                for r in REDUCTIONS if kind == AxisType.Explicit else ("mean",):
+                    f = functools.partial(value_and_gradients, reduction=r)
+                    got, _ = compiled(f, put(this, shaped))
+                    value, (x_bar, *rest) = got
+                    agree((value, (x_bar.reshape(N, D), *rest)), WANT[r])
+        def extras(*args, **rest):
+            return head(*args, return_aux=True, chunk=4, **rest)
+        x, w, _, y, _ = shaped
+        want = extras(x, w, y)
+        this = mesh(AxisType.Explicit)
+        with jax.set_mesh(this):
+            x, w, _, y, _ = put(this, shaped)
+            got = jax.jit(extras)(x, w, y)
+        assert np.asarray(got[1].predicted).tolist() == np.asarray(want[1].predicted).tolist()
+        assert np.asarray(got[1].correct).tolist() == np.asarray(want[1].correct).tolist()
+        assert int(got[1].valid) == N - 1
+        agree((got[0], got[1].log_sum_exp, got[1].entropy), (want[0], want[1].log_sum_exp, want[1].entropy))
+        print("agreed")
+    """
+    agrees(start(program))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma: bool) -> None:
+    program = """
+        auto, specs = mesh(AxisType.Auto), (P("data"), P(None, "model"), P("model"), P("data"), P("data"))
+
+        def by_hand(x, w, bias, y, weight, chunk=8):
+            def local(x, w, bias, y, weight):
+                total = jax.lax.psum((weight * (y != -100)).sum(), "data")
+
+                def part(x, w, bias):
+                    out = head(x, w, y, bias=bias, token_weight=weight, reduction="sum", chunk=chunk,
+                               axis_name="model", **OPTIONS) / total
+                    return jax.lax.psum(out, "data") if CHECK_VMA else out
+
+                value, (x_bar, w_bar, bias_bar) = jax.value_and_grad(part, (0, 1, 2))(x, w, bias)
+                if not CHECK_VMA:
+                    value, w_bar, bias_bar = jax.lax.psum((value, w_bar, bias_bar), "data")
+                return value, (x_bar, w_bar, bias_bar)
+
+            out = (P(), specs[:3])
+            return jax.shard_map(local, mesh=auto, in_specs=specs, out_specs=out, check_vma=CHECK_VMA)(
+                x, w, bias, y, weight)
+
+        counts = []
+        for chunk in (2, 8):
+            got, count = compiled(functools.partial(by_hand, chunk=chunk), put(auto, ARRAYS))
+            agree(got, WANT["mean"])
+            counts.append(count)
+        assert counts[0] == counts[1], counts
+
+        def none(*args):
+            def local(x, w, bias, y, weight, cotangent):
+                def part(x, w, bias):
+                    out = head(x, w, y, bias=bias, token_weight=weight, reduction="none", chunk=8, axis_name="model",
+                               **OPTIONS) @ cotangent
+                    return jax.lax.psum(out, "data") if CHECK_VMA else out
+
+                value, (x_bar, w_bar, bias_bar) = jax.value_and_grad(part, (0, 1, 2))(x, w, bias)
+                if not CHECK_VMA:
+                    value, w_bar, bias_bar = jax.lax.psum((value, w_bar, bias_bar), "data")
+                return value, (x_bar, w_bar, bias_bar)
+
+            out = (P(), specs[:3])
+            f = jax.shard_map(local, mesh=auto, in_specs=(*specs, P("data")), out_specs=out, check_vma=CHECK_VMA)
+            return f(*args, COTANGENT)
+
+        agree(compiled(none, put(auto, ARRAYS))[0], WANT["none"])
+        print("agreed")
+    """
+    agrees(start(program.replace("CHECK_VMA", str(check_vma))))
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param("auto", marks=pytest.mark.exhaustive), "explicit", "check_vma", "no check_vma"]
+)
+def test_gradients_of_options(way: str) -> None:
+    program = """
+        options = dict(class_weight=np.float32(rng.uniform(1, 2, V)), z_loss=0.1, temperature=2.0, logit_softcap=4.0,
+                       label_smoothing=0.1)
+        options = {name: jnp.asarray(a) for name, a in options.items()}
+        this = mesh(AxisType.Explicit if WAY == "explicit" else AxisType.Auto)
+
+        def gradients(options, x, w, y, reduction, **rest):
+            return jax.grad(lambda o: head(x, w, y, reduction=reduction, chunk=8, **rest, **o).sum())(options)
+
+        def by_hand(options, x, w, y, reduction):
+            def local(options, x, w, y):
+                if WAY == "check_vma":  # what is the same on all devices has the gradient of all
+                    return gradients(options, x, w, y, reduction, axis_name="model")
+                return jax.lax.psum(gradients(options, x, w, y, reduction, axis_name="model"), "data")
+
+            split = {name: P("model") if name == "class_weight" else P() for name in options}
+            specs = (split, P("data"), P(None, "model"), P("data"))
+            return jax.shard_map(local, mesh=this, in_specs=specs, out_specs=split, check_vma=WAY == "check_vma")(
+                options, x, w, y)
+
+        failed = []
+        # All together, and some alone: what is not asked for takes another path.
+        some = {name: options[name] for name in ("temperature", "z_loss")}
+        for r, chosen in (("sum", options), ("none", some)):
+            f = functools.partial(by_hand if "vma" in WAY else gradients, reduction=r)
+            want = jax.jit(functools.partial(gradients, reduction=r))(chosen, X, W, Y)
+            with jax.set_mesh(this):
+                x, w, _, y, _ = put(this, ARRAYS)
+                got = jax.jit(f)(chosen, x, w, y)
+            for name in chosen:
+                try:
+                    agree(got[name], want[name])
+                except AssertionError:
+                    failed.append((r, name, float(np.mean(got[name]) / np.mean(want[name]))))
+        assert not failed, failed
+        print("agreed")
+    """
+    agrees(start(program.replace("WAY", repr(way))))
+
+
+def test_two_processes() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # Before any device is asked for.
+    connect = f"""
+        import jax
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize("localhost:{port}", num_processes=2, process_id=PROCESS)
+    """
+    program = """
+        def everywhere(mesh, arrays):
+            specs = (P("data"), P(None, "model"), P("model"), P("data"), P("data"))
+            return [
+                jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), lambda i, a=a: a[i])
+                for a, spec in zip(arrays, specs)
+            ]
+
+        def local(got, want):
+            for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                for shard in g.addressable_shards:
+                    here = np.asarray(w)[shard.index]
+                    np.testing.assert_allclose(np.asarray(shard.data), here, rtol=0, atol=1e-5 * np.abs(w).max())
+
+        assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
+        this = mesh(AxisType.Explicit)
+        with jax.set_mesh(this):
+            for r in REDUCTIONS:
+                f = functools.partial(value_and_gradients, reduction=r)
+                local(compiled(f, everywhere(this, ARRAYS))[0], WANT[r])
+        print("agreed")
+    """
+    agrees(*(start(program, 4, connect.replace("PROCESS", str(i))) for i in range(2)))
