@@ -18,6 +18,8 @@ from jaxact._cross_entropy import (
     label_losses,
     logit_cotangent,
     predicted,
+    vary,
+    varying,
 )
 from jaxact._forward_mode import forward_mode
 
@@ -150,18 +152,19 @@ def _cotangents(how: How, gradients: Any, samples: Any) -> Any:
 
     They are summed over the devices that hold the same operand here: once, and not for each chunk.
     """
-    tracked = how.axis_name is None or _varying(samples.w)
+    tracked = how.axis_name is None or varying(samples.w)
 
-    def typed(g: Array | None, sample: Array, split: bool) -> Array | None:
+    def typed(g: Array | None, sample: Array, alone: bool) -> Array | None:
         if g is None:
             return None
-        # With check_vma=False, `shard_map` keeps no track. What is not split along with the classes is then the same.
-        extra = tuple(_varying(g) - _varying(sample)) if tracked else () if split else how.axis_name
+        # With check_vma=False, `shard_map` keeps no track.
+        extra = tuple(varying(g) - varying(sample)) if tracked else () if alone else how.axis_name
         return (lax.psum(g, extra) if extra else g).astype(sample.dtype)
 
     tree: Any = jax.tree.structure(samples)
-    by_class = Operands(False, True, True, Options(False, False, False, False, True))
-    return tree.unflatten(map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), along(by_class, samples)))
+    # w, the bias and the weights are split, and what is a matter of rows is computed on each.
+    alone = Operands(False, True, True, Options(False, True, True, False, True))
+    return tree.unflatten(map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), along(alone, samples)))
 
 
 def along(prefix: Any, tree: Any) -> list[Any]:
@@ -188,13 +191,21 @@ def sweep(how: How, operands: Operands, tokens: Tokens, g: Rows | None = None, m
         x, tokens, g = inputs
         return _chunk(how, operands._replace(x=x), tokens, g, moving, sums)
 
+    # Inside `shard_map`, cotangents are summed over devices at the end. What differs between them must say so, or JAX
+    # would sum those of the options in every step.
+    of_rows = frozenset[Any]().union(*map(varying, jax.tree.leaves((operands.x, tokens.live, g))))
+    of_all = of_rows | varying(operands.w)
+    prefix = Operands(of_rows, of_all, of_all, Options(of_all, of_rows, of_rows, of_all, of_all))
+    axes = jax.tree.broadcast(prefix, operands)
+    operands = operands._replace(options=jax.tree.map(vary, operands.options, axes.options))
     sums = jax.tree.map(
-        lambda a, m: jnp.zeros(jnp.shape(a), jnp.promote_types(how.accum_dtype, jnp.result_type(a))) if m else None,
+        lambda a, m, axes: (
+            vary(jnp.zeros(jnp.shape(a), jnp.promote_types(how.accum_dtype, jnp.result_type(a))), axes) if m else None
+        ),
         operands._replace(x=None),
-        _nothing(operands) if moving is None else moving._replace(x=None),
+        jax.tree.map(lambda a: False, operands)._replace(x=None) if moving is None else moving._replace(x=None),
+        axes._replace(x=None),
     )
-    axes = frozenset[Any]().union(*map(_varying, jax.tree.leaves((operands, tokens, g))))
-    sums = jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, sums)
     # Under checkpoint too: JAX 0.10 forgets custom rules, and with them second derivatives, in the part of a loop that
     # it takes to be known.
     loop = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
@@ -208,19 +219,11 @@ def sweep(how: How, operands: Operands, tokens: Tokens, g: Rows | None = None, m
 
 def _chunk_size(n: int, features: int, weights: int) -> int:
     """The number of tokens in a chunk, by default."""
-    # With every chunk the gradient of w is read and written; beside it, half of its memory for logits is little.
-    most = max(CHUNK_BYTES * features // (4 * max(weights, 1)), features // 2, 1)
-    # As equal as they can be, so that not much is left over.
-    return max(1, n // -(-n // most)) if n else 1
-
-
-def _varying(a: Any) -> frozenset[Any]:
-    """The mesh axes along which devices hold different values, inside `shard_map`."""
-    return jax.typeof(a).mat.varying
-
-
-def _nothing(operands: Operands) -> Any:
-    return jax.tree.map(lambda a: False, operands._replace(x=None))
+    # With every chunk the gradient of w is read and written. Beside it, somewhat less for logits is not much.
+    most = max(CHUNK_BYTES * features // (4 * max(weights, 1)), features * 13 // 16, 1)
+    least = -(-n // most)
+    # What is left over takes memory of its own: rather somewhat smaller chunks, if they leave nothing.
+    return n // next((count for count in range(least, 2 * least) if n % count == 0), least) if n else 1
 
 
 def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving: Any, sums: Any) -> Any:
@@ -260,11 +263,11 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving:
     if how.extras:
         z_bar = z_bar + jnp.where(tokens.live[:, None], pull_entropy(g.entropy), 0)
     z_bar, adjust_bar = pull_adjust(z_bar)
-    if any(jax.tree.leaves(moving.options)):
-        _, pull_options = jax.vjp(
-            lambda o: (o.spread(o.weights(z.shape[-1], z.dtype), z.dtype), o.adjustment(z)), options
-        )
-        options_bar = jax.tree.map(jnp.add, options_bar, pull_options((spread_bar, adjust_bar))[0])
+    # The adjustment and the spread are the options themselves.
+    of_adjust = {"temperature": adjust_bar.temperature, "logit_softcap": adjust_bar.cap, "class_weight": spread_bar}
+    options_bar = options_bar._replace(
+        **{k: getattr(options_bar, k) + v for k, v in of_adjust.items() if None not in (getattr(options, k), v)}
+    )
     bars = Operands(None, None, z_bar.sum(0) if moving.bias else None, options_bar)
     z_bar = z_bar.astype(x.dtype)
     x_bar = how.product(z_bar, w, 1, other) if moving.x else None

@@ -146,7 +146,20 @@ def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | No
     if axis_name is None:
         return jnp.take(weights, y, mode="clip")
     here = (y >= 0) & (y < weights.shape[0])
-    return lax.psum(jnp.where(here, jnp.take(weights, y, mode="clip"), 0), axis_name)
+    local = jnp.where(here, jnp.take(weights, y, mode="clip"), 0)
+    total = lax.psum(local, axis_name)
+    # With check_vma=False the cotangent, the same on all devices, would be summed over them.
+    return total if varying(local) else local + lax.stop_gradient(total - local)
+
+
+def varying(a: Any) -> frozenset[Any]:
+    """The mesh axes along which devices hold different values, inside `shard_map`; none with check_vma=False."""
+    return jax.typeof(a).mat.varying
+
+
+def vary(a: Array, axes: frozenset[Any]) -> Array:
+    missing = tuple(axes - varying(a))
+    return lax.pcast(a, missing, to="varying") if missing else a
 
 
 def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
@@ -285,7 +298,11 @@ def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
         x = jnp.where(live[..., None], x, 0)  # 0 times nan, otherwise, in the derivatives of the adjustment
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
     z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, sums, cotangents[0], classes)
+    if weights is not None and varying(weights_bar) != varying(weights):
+        weights_bar = lax.psum(weights_bar, tuple(varying(weights_bar) - varying(weights)))
     x_bar, adjust_bar = pull(z_bar)
+    if classes.axis_name is not None and not varying(x):
+        adjust_bar = jax.tree.map(lambda a: lax.psum(a, classes.axis_name), adjust_bar)  # check_vma=False
     return x_bar, None, None, weights_bar, adjust_bar
 
 
@@ -315,8 +332,7 @@ def logit_cotangent(
     weights_bar = None
     if weights is not None:
         z_bar = z_bar - g_each * at_each
-        minus_log_p = (sums.shift + jnp.log(sums.total)) - z
-        weights_bar = jnp.where(z != -jnp.inf, g_each * minus_log_p, 0)
+        weights_bar = jnp.where(z != -jnp.inf, -g_each * _log_probabilities(classes, z, sums), 0)
         if live is not None:
             weights_bar = jnp.where(live[..., None], weights_bar, 0)
         extra = tuple(range(z.ndim - weights.ndim))
@@ -358,12 +374,28 @@ def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, Non
 _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
+    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
+
+
+def _log_probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> Any:
+    return _log_probabilities(classes, z, sums), (z, sums)
+
+
+def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
+    z, sums = residuals
+    return g - _probabilities(classes, z, sums) * classes.sum(g), None
+
+
+_log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
+
+
 def entropy(z: Array, sums: LabelSums, classes: Classes) -> tuple[Array, Any]:
     """H = −Σ p log p of each row, in nats, and the cotangent of the logits as a function of its cotangent."""
     p = _probabilities(classes, z, sums)
-    # A constant may be added to log p in the cotangent: only the probabilities have derivatives of their own.
-    log_p = (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
-    terms = jnp.where(p > 0, log_p, 0)
+    terms = jnp.where(p > 0, _log_probabilities(classes, z, sums), 0)
     h = -classes.sum(p * terms)
     return h[..., 0], lambda g: -g[..., None] * p * (terms + h)
 

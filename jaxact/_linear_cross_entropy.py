@@ -74,8 +74,8 @@ def linear_cross_entropy(
         logit_softcap: a positive number C; logits become C·tanh(logits/C) first.
         reduction: "mean" divides the sum by that of the weights, of token and class, of tokens that count, and is 0
             where that is 0; "sum"; or "none" for the loss of each token.
-        chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or half of what the
-            gradient of `w` takes.
+        chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or somewhat less than
+            what the gradient of `w` takes.
         accum_dtype: what the products and the gradient of `w` are accumulated in; never narrower than `x`.
         precision: of the products, as for `jax.numpy.matmul`.
         axis_name: inside `shard_map`, the mesh axis over which V is split by hand: `w`, `bias` and `class_weight` are
@@ -124,9 +124,13 @@ def linear_cross_entropy(
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
     if not jnp.issubdtype(jnp.dtype(accum_dtype), jnp.floating):
         raise TypeError(f"accum_dtype must be a float type, got {accum_dtype!r}.")
+    try:
+        precision = lax.Precision(precision) if isinstance(precision, str) else precision
+    except ValueError:
+        raise ValueError(f"precision must be as for jax.numpy.matmul, got {precision!r}.") from None
     how = How(
         w_layout, None if chunk == "auto" else _whole("chunk", chunk, 1), jnp.dtype(accum_dtype),
-        lax.Precision(precision) if isinstance(precision, str) else precision, axis_name, return_aux,
+        precision, axis_name, return_aux,
     )  # fmt: skip
     ignored = None if ignore_index is None else _whole("ignore_index", ignore_index)
     for name, value in (("x", x), ("w", w), ("labels", labels)):

@@ -125,6 +125,7 @@ def test_meshes_with_explicit_axes() -> None:
     agrees(start(program))
 
 
+@pytest.mark.exhaustive
 def test_batches_of_sequences() -> None:
     program = """
         shaped = [a.reshape(4, 16, *a.shape[1:]) if a.shape[0] == N else a for a in ARRAYS]
@@ -153,7 +154,7 @@ def test_batches_of_sequences() -> None:
     agrees(start(program))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_shard_map(check_vma: bool) -> None:
     program = """
         auto, specs = mesh(AxisType.Auto), (P("data"), P(None, "model"), P("model"), P("data"), P("data"))
