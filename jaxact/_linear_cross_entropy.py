@@ -79,7 +79,8 @@ def linear_cross_entropy(
         accum_dtype: what the products and the gradient of `w` are accumulated in; never narrower than `x`.
         precision: of the products, as for `jax.numpy.matmul`.
         axis_name: inside `shard_map`, the mesh axis over which V is split by hand: `w`, `bias` and `class_weight` are
-            then this device's part, and labels count through all parts.
+            then this device's part, and labels count through all parts. With check_vma=False take gradients inside it;
+            forward mode needs check_vma.
         return_aux: also return an `Auxiliary`.
 
     Returns:

@@ -58,8 +58,8 @@ def softmax_cross_entropy_with_integer_labels(
         labels: integers, with the shape of `logits` without the class axes. Over several axes a label is the flat
             index into them, in the order given.
         axis: the class axis or axes: an int, a tuple of ints, or None for all.
-        where: boolean, broadcastable to the shape of `logits`, False where a class does not exist; or with the shape of
-            `labels`, False where an example does not count.
+        where: boolean, broadcastable to the shape of `logits`, False where a class does not exist; or, with as many
+            dimensions as `labels`, broadcastable to them, False where an example does not count.
         ignore_index: the label of examples that do not count.
         temperature: divides the logits; a scalar > 0.
         label_smoothing: ε in [0, 1], spread over the classes that exist.
@@ -67,7 +67,8 @@ def softmax_cross_entropy_with_integer_labels(
         logit_softcap: a positive number C; logits become C·tanh(logits/C) first.
         class_weight: (classes,), one factor for each class, as in PyTorch.
         axis_name: inside `shard_map`, the mesh axis over which the classes are split by hand: `logits`, `where` and
-            `class_weight` are then this device's part, and labels count through all parts.
+            `class_weight` are then this device's part, and labels count through all parts. With check_vma=False take
+            gradients inside it; forward mode needs check_vma.
 
     Returns:
         One loss per label, in float32 for 16-bit logits. 0 for examples that do not count and where no class is left;
@@ -184,8 +185,8 @@ def softmax_cross_entropy(
         logits: real array; the classes are on `axis`. Integers become the default float.
         labels: the probability of each class, broadcastable to the shape of `logits`. They need not sum to 1.
         axis: the class axis or axes: an int, a tuple of ints, or None for all.
-        where: boolean, broadcastable to the shape of `logits`, False where a class does not exist; or with the shape of
-            the result, False where an example does not count.
+        where: boolean, broadcastable to the shape of `logits`, False where a class does not exist; or, with as many
+            dimensions as the result, broadcastable to it, False where an example does not count.
         temperature: divides the logits; a scalar > 0.
         label_smoothing: ε in [0, 1], spread over the classes that exist.
         z_loss: its coefficient.
