@@ -126,7 +126,7 @@ def _of_integers(
     ignore_index: int | None,
     axis_name: AxisName,
 ) -> Array:
-    x, live = _rows("logits", as_float("logits", logits), where, axis)
+    x, live = _rows(as_float("logits", logits), where, axis)
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
@@ -145,7 +145,7 @@ def _of_integers(
     return _counted(loss * jnp.where(exists if live is None else exists | ~live, 1, jnp.nan), live)
 
 
-def _rows(name: str, x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array | None]:
+def _rows(x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array | None]:
     """The array with its classes last and flat, −inf where masked; and which rows count, None if all."""
     axes = canonical_axis("axis", axis, x.ndim)
     if isinstance(axis, tuple):
@@ -235,9 +235,9 @@ def _of_probabilities(
 ) -> Array:
     wide = as_float("logits", logits)
     labels = broadcast("labels", labels, wide)
-    x, live = _rows("logits", wide, where, axis)
+    x, live = _rows(wide, where, axis)
     # A masked class leaves no trace, its label included.
-    q, _ = _rows("labels", labels if live is not None else masked(labels, where, 0), None, axis)
+    q, _ = _rows(labels if live is not None else masked(labels, where, 0), None, axis)
     if live is not None:
         x, q = jnp.where(live[..., None], x, 0), jnp.where(live[..., None], q, 0)
     z = options.adjustment(x)(x)
