@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 pytest.importorskip("flax")
 
-from jaxact import _linear_cross_entropy
+from jaxact import _chunks
 from jaxact._cli import _head_figure as figure, _head_model as model, head, main
 
 TINY = ["--vocab", "3000,64", "--steps", 4, "--batch", 64, "--features", 4]
@@ -42,7 +42,7 @@ def results(out: Path) -> dict[str, Any]:
 
 def test_the_heads_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "SECONDS", 0)
-    monkeypatch.setattr(_linear_cross_entropy, "CHUNK_BYTES", 10 * 4 * 3000)  # 10 tokens a chunk
+    monkeypatch.setattr(_chunks, "CHUNK_BYTES", 10 * 4 * 3000)  # 10 tokens a chunk
     out = tmp_path / "new" / "folder"
     assert status(*TINY, "--out", out) == 0
     report = results(out)

@@ -58,7 +58,7 @@ def derivatives(f: Callable[[Array], Array]) -> Callable[[Array], Any]:
     ("batched", "dtype"),
     [
         pytest.param(False, "float32", id="jit-float32"),
-        pytest.param(True, "bfloat16", id="vmap-bfloat16"),
+        pytest.param(True, "bfloat16", id="vmap-bfloat16", marks=pytest.mark.exhaustive),
         pytest.param(False, "bfloat16", id="jit-bfloat16", marks=pytest.mark.exhaustive),
         pytest.param(True, "float32", id="vmap-float32", marks=pytest.mark.exhaustive),
     ],

@@ -207,7 +207,13 @@ def test_shard_map(check_vma: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param("auto", marks=pytest.mark.exhaustive), "explicit", "check_vma", "no check_vma"]
+    "way",
+    [
+        pytest.param("auto", marks=pytest.mark.exhaustive),
+        "explicit",
+        "check_vma",
+        pytest.param("no check_vma", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_gradients_of_options(way: str) -> None:
     program = """

@@ -52,7 +52,7 @@ def slow(*values: Any, unless: bool) -> Any:
     return pytest.param(*values, marks=[] if unless else [pytest.mark.exhaustive])
 
 
-@pytest.mark.parametrize("dtype", [slow(dtype, unless=dtype in ("float32", "bfloat16")) for dtype in DTYPES])
+@pytest.mark.parametrize("dtype", [slow(dtype, unless=dtype == "float32") for dtype in DTYPES])
 @pytest.mark.parametrize("name", TEXTBOOK)
 def test_first_derivatives_are_verified(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     # The rules are the same in every dtype.
@@ -82,7 +82,12 @@ def test_weighted_derivatives_are_verified(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "inner"),
     [
-        slow(name, dtype, inner, unless=dtype == "float32" and (inner == "reverse" or name == "log_softmax"))
+        slow(
+            name,
+            dtype,
+            inner,
+            unless=dtype == "float32" and inner == "reverse" and name in ("sigmoid", "softmax", "log_softmax"),
+        )
         for name in TEXTBOOK
         for dtype in DTYPES
         for inner in ("reverse", "forward")
@@ -111,7 +116,7 @@ def test_rules_on_eight_devices() -> None:
         mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
         x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)) * 5, jnp.float32)
         x = jax.device_put(x, NamedSharding(mesh, P("rows", "classes")))
-        for f in (jaxact.sigmoid, jaxact.softmax, jaxact.log_softmax, lambda x: jaxact.logsumexp(x, -1)):
+        for f in (jaxact.sigmoid, jaxact.softmax):
             verify.rule(f, x, edges=None, transforms=("jit",), directions=1).raise_if_not_ok()
         print("verified")
     """
