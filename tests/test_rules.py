@@ -53,7 +53,7 @@ def slow(*values: Any, unless: bool) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [slow(dtype, unless=dtype == "float32") for dtype in DTYPES])
-@pytest.mark.parametrize("name", TEXTBOOK)
+@pytest.mark.parametrize("name", [slow(name, unless=name in ("logit", *FIRST)) for name in TEXTBOOK])
 def test_first_derivatives_are_verified(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
     # The rules are the same in every dtype.
     everywhere = dtype == "float32" or request.config.getoption("--exhaustive")

@@ -18,13 +18,13 @@ import pytest
 import jaxact
 from jaxact import verify
 
-# The corpus. Each case is compiled in every mode and under every transformation, so that one in 25 is what a default
+# The corpus. Each case is compiled in every mode and under every transformation, so that one in 40 is what a default
 # run has time for; the rest are visited with --exhaustive.
 
 
 def cases(of: list[corpus.Case]) -> Any:
     return [
-        pytest.param(case, id=case.name, marks=[] if i % 25 == 0 else [pytest.mark.exhaustive])
+        pytest.param(case, id=case.name, marks=[] if i % 40 == 0 else [pytest.mark.exhaustive])
         for i, case in enumerate(of)
     ]
 
