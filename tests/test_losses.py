@@ -106,6 +106,7 @@ def test_long_rows(classes: int) -> None:
     np.testing.assert_allclose(float(got), each.sum(), rtol=8 * U)  # a sum of nine
     # The allowance of test_values_and_gradients, and half an ulp a level of a sum of 4096 positive numbers in a tree.
     assert (abs(each - value) <= U * off + 16 * spacing(value, "float32")).all()
+    # The total's 16 u, and 8 u more: the exponential's 2, the loss's 4, the quotient's 1 and the factor's 1.
     assert (abs(np.asarray(slope, np.float64) - gradient) <= U * moved + 24 * U * abs(gradient) + LOST["float32"]).all()
 
 
