@@ -100,6 +100,17 @@ def masked(x: Array, where: ArrayLike | None, fill: float) -> Array:
     return jnp.where(mask, x, jnp.asarray(fill, x.dtype))
 
 
+def canonical_int(name: str, value: Any, least: int | None = None) -> int:
+    """A value that is known, as an int."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}.") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
+    return number
+
+
 def canonical_temperature(temperature: ArrayLike) -> ArrayLike | None:
     """The temperature, or None for a literal 1, which then costs nothing."""
     return canonical_scalar("temperature", temperature, lambda t: 0 < t < math.inf, "positive and finite", nothing=1)

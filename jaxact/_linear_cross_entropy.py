@@ -1,7 +1,6 @@
 """linear_cross_entropy: the last projection and its loss, over chunks of tokens, without ever holding all logits."""
 
 import functools
-import operator
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -10,7 +9,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, masked, require_array, require_arrays
+from jaxact._canonical import as_float, canonical_int, masked, require_array, require_arrays
 from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted_total
 from jaxact._cross_entropy import AxisName, Options, at_index, counts, label_index
 
@@ -130,24 +129,14 @@ def linear_cross_entropy(
     except ValueError:
         raise ValueError(f"precision must be as for jax.numpy.matmul, got {precision!r}.") from None
     how = How(
-        w_layout, None if chunk == "auto" else _whole("chunk", chunk, 1), jnp.dtype(accum_dtype),
+        w_layout, None if chunk == "auto" else canonical_int("chunk", chunk, 1), jnp.dtype(accum_dtype),
         precision, axis_name, return_aux,
     )  # fmt: skip
-    ignored = None if ignore_index is None else _whole("ignore_index", ignore_index)
+    ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
     for name, value in (("x", x), ("w", w), ("labels", labels)):
         require_array(name, value)
     require_arrays(bias=bias, where=where, token_weight=token_weight, class_weight=class_weight)
     return _of_any(how, reduction, ignored, x, w, labels, bias, where, token_weight, options)
-
-
-def _whole(name: str, value: Any, least: int | None = None) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}.") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}.")
-    return number
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

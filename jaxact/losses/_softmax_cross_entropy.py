@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxact._canonical import (
     as_float,
     broadcast,
     canonical_axis,
+    canonical_int,
     compute_dtype,
     masked,
     require_array,
@@ -106,10 +106,7 @@ def softmax_cross_entropy_with_integer_labels(
         class_weight=class_weight,
     )
     if ignore_index is not None:
-        try:
-            ignore_index = operator.index(ignore_index)
-        except TypeError:
-            raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}.") from None
+        ignore_index = canonical_int("ignore_index", ignore_index)
     require_arrays(where=where, class_weight=class_weight)
     return _of_integers(
         require_array("logits", logits), require_array("labels", labels), where, options, axis, ignore_index, axis_name
