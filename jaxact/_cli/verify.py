@@ -4,13 +4,17 @@ import argparse
 import functools
 import importlib
 import json
+import multiprocessing
 import operator
+import os
 import platform
 import re
+import signal
 import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,13 +164,26 @@ LEGEND = "worst u: the largest error of a product, in u·Σ|J||g|; max ulp: of t
 
 def _verified(subjects: dict[str, "Subject"]) -> Iterator[tuple[list["Report"], Row]]:
     """Reports on one function in one dtype, and their row in the table."""
-    for name, subject in subjects.items():
-        for dtype in DTYPES:
-            start = time.perf_counter()
-            rule = subject.rule(dtype)
-            every = subject.every_value(dtype) if dtype in ("bfloat16", "float16") else None
-            reports = [rule, *([every] if every else [])]
-            yield reports, _row(name, dtype, rule, every, time.perf_counter() - start)
+    tasks = [(name, dtype) for name in subjects for dtype in DTYPES]
+    with _processes(len(tasks)) as pool:
+        yield from pool.map(_verify, *zip(*tasks, strict=True))
+
+
+def _processes(most: int) -> Executor:
+    """Most of the time goes to tracing and compiling, of which a process does one at a time."""
+    count = min(os.cpu_count() or 1, 8, most)
+    # A fork of a process whose JAX runs threads may hang. An interruption is for the parent to report.
+    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    return ProcessPoolExecutor(count, context, signal.signal, ignore)
+
+
+def _verify(name: str, dtype: str) -> tuple[list["Report"], Row]:
+    from jaxact._cli._verify_subjects import SUBJECTS
+
+    start = time.perf_counter()
+    rule = SUBJECTS[name].rule(dtype)
+    every = SUBJECTS[name].every_value(dtype) if dtype in ("bfloat16", "float16") else None
+    return [rule, *([every] if every else [])], _row(name, dtype, rule, every, time.perf_counter() - start)
 
 
 def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds: float) -> Row:
