@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxact._canonical import as_float, rounded_once
+from jaxact._exponentials import log1p_of_fraction
 from jaxact._forward_mode import forward_mode
 
 
@@ -126,7 +127,7 @@ def softplus(x: ArrayLike) -> Float[Array, "..."]:
 @rounded_once
 def _softplus(x: Array) -> Array:
     # log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|): two terms of one sign, and no overflow.
-    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    return jnp.maximum(x, 0) + log1p_of_fraction(jnp.exp(-jnp.abs(x)))
 
 
 def _softplus_fwd(x: Array) -> tuple[Array, Array]:

@@ -22,10 +22,11 @@ LOST = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-25, "float
 U = UNIT["float32"]
 KINDS = pytest.mark.parametrize("kind", ["integer", "one-hot", "binary", "focal"])
 SCALES = pytest.mark.parametrize("scale", [1, 10, 30, "confident"])
-# The integer loss and the binary one have 4 ulp: log1p has one, its argument two, a last sum one. log_softmax has 12
-# (test_softmax.py), and the sum over the labels 2. The square of a sigmoid, of 1.5 ulp, and three products, 6 more.
-# Measured 2.5, 2.9, 2.6 and 6.4; of the gradients 5.1, 6.3, 2.3 and 6.3 u.
-ULPS = {"integer": 4, "one-hot": 14, "binary": 4, "focal": 10}
+# The integer loss has 4 ulp: log1p has one, its argument two, a last sum one. The binary one has an exponential of one
+# and a polynomial of 1.5. log_softmax has 12 (test_softmax.py), and the sum over the labels 2. The focal loss is
+# e²·log(1 + e)/(1 + e)²: three exponentials, the polynomial, and five roundings of half an ulp.
+# Measured 2.5, 2.4, 2.9 and 6.6; of the gradients 5.1, 2.3, 6.3 and 7.6 u.
+ULPS = {"integer": 4, "one-hot": 14, "binary": 3, "focal": 7}
 
 
 def data(scale: float | str, dtype: str) -> tuple[Any, Any]:

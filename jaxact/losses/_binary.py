@@ -19,7 +19,7 @@ from jaxact._canonical import (
     require_array,
     require_arrays,
 )
-from jaxact._exponentials import widen
+from jaxact._exponentials import log1p_of_fraction, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._sigmoid import sigmoid, softplus
 
@@ -93,17 +93,19 @@ def _binary_cross_entropy_of_any(
 def _probability(labels: ArrayLike, x: Array, where: ArrayLike | None) -> Array:
     """The labels of logits `x` in the dtype to compute in; nan outside [0, 1]."""
     y = masked(broadcast("labels", labels, x).astype(compute_dtype(x.dtype)), where, 0)
-    return jnp.where((y >= 0) & (y <= 1), y, jnp.nan)
+    return jnp.where(y * (1 - y) >= 0, y, jnp.nan)
 
 
 @forward_mode
 @jax.custom_vjp
 def _binary_cross_entropy(x: Array, y: Array, weight: Array | None) -> Array:
-    # softplus(−x) and softplus(x) share log(1 + e^−|x|); no term is negative.
+    # softplus(−x) and softplus(x) share log(1 + e^−|x|), and one of them is no more than that; no term is negative.
     x = widen(x)
     positive, negative = y if weight is None else weight * y, 1 - y
-    both = jnp.log1p(jnp.exp(-jnp.abs(x)))
-    return (positive + negative) * both + _times(positive, jnp.maximum(-x, 0)) + _times(negative, jnp.maximum(x, 0))
+    both = log1p_of_fraction(jnp.exp(-jnp.abs(x)))
+    if weight is not None:
+        both = (positive + negative) * both
+    return both + _times(jnp.where(x < 0, positive, negative), jnp.abs(x))
 
 
 def _times(a: Array, b: Array) -> Array:
@@ -209,8 +211,21 @@ def _share(y: Array, alpha: Array | None) -> Array | float:
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _focal_loss(power: int | None, x: Array, y: Array, alpha: Array | None, gamma: Array) -> Array:
-    q = (1 - y) * sigmoid(widen(x)) + y * sigmoid(-widen(x))
-    return _share(y, alpha) * _times(_focus(power, q, gamma), _binary_cross_entropy(x, y, None))
+    # 1 − p_t is of the likelier side e/(1 + e), of the other 1/(1 + e).
+    wide = widen(x)
+    e = jnp.exp(-jnp.abs(wide))
+    part, whole = jnp.where(wide < 0, y, 1 - y) + jnp.where(wide < 0, 1 - y, y) * e, 1 + e
+    loss = _binary_cross_entropy(wide, y, None)
+    if power is None:
+        focused = _times(_focus(power, part / whole, gamma), loss)
+    else:
+        # A power multiplies every rounding: there is one quotient, and what the sum has lost is put back to first
+        # order. The maximum changes no value and keeps XLA from folding that to 0.
+        lost = e - (jnp.maximum(whole, 1) - 1)
+        focused = _times(lax.integer_pow(part, power), loss) / (
+            lax.integer_pow(whole, power - 1) * (whole + power * lost)
+        )
+    return _share(y, alpha) * focused
 
 
 def _focal_loss_fwd(power: int | None, x: Array, y: Array, alpha: Array | None, gamma: Array) -> Any:
