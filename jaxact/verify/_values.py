@@ -14,7 +14,7 @@ import numpy as np
 from jaxact.verify._jacobian import call
 from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report
 
-BLOCK = 2**18  # inputs at a time: their float64 temporaries stay in the cache
+BLOCK = 2**16  # inputs at a time: their float64 temporaries stay in the cache, and are not given back to the system
 BINS = [0.5, 1, 2, 4, 8, 16]  # of the histogram: errors up to so many ulp
 PER_OCTAVE, LOW, HIGH = 64, -32 * 64, 64 * 64  # what is counted while it runs: errors by their logarithm
 
