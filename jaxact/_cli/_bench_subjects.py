@@ -1,0 +1,119 @@
+"""What `bench` measures: jaxact's functions, what users have for them now, and the inputs."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+import jaxact
+from jaxact import losses
+
+Function = Callable[..., Any]
+Shape = tuple[int, ...]
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A function and its peer: the same signature, differentiated with respect to the floats among the arguments."""
+
+    ours: Function
+    peer: Function
+    peer_name: str
+    arguments: Callable[[Shape, str], tuple[Array, ...]]
+    quick: tuple[Shape, ...]
+    full: tuple[Shape, ...]
+    limit: Function | None = None  # with the gradients too; by default a copy of the same bytes
+
+
+def _normal(shape: Shape, dtype: str, seed: int = 0) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def _logits(shape: Shape, dtype: str) -> tuple[Array, ...]:
+    return (_normal(shape, dtype),)
+
+
+def _probabilities(shape: Shape, dtype: str) -> tuple[Array, ...]:
+    return (jnp.asarray(np.random.default_rng(0).uniform(0.01, 0.99, shape), dtype),)
+
+
+def _with_labels(shape: Shape, dtype: str) -> tuple[Array, ...]:
+    return _normal(shape, dtype), _labels(shape[:-1], shape[-1])
+
+
+def _labels(shape: Shape, classes: int) -> Array:
+    return jnp.asarray(np.random.default_rng(1).integers(0, classes, shape), jnp.int32)
+
+
+def _with_binary_labels(shape: Shape, dtype: str) -> tuple[Array, ...]:
+    return _normal(shape, dtype), _labels(shape, 2)
+
+
+def _with_soft_labels(shape: Shape, dtype: str) -> tuple[Array, ...]:
+    return _normal(shape, dtype), jax.nn.softmax(_normal(shape, dtype, 1))
+
+
+def _head(shape: Shape, dtype: str) -> tuple[Array, ...]:
+    """Of (tokens, features, classes)."""
+    n, d, v = shape
+    return _normal((n, d), dtype), _normal((d, v), dtype, 1) / 8, _labels((n,), v)
+
+
+def _row_logsumexp(f: Function) -> Function:
+    return lambda x: f(x, axis=-1)
+
+
+def _dense_head(x: Array, w: Array, labels: Array) -> Array:
+    logits = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _three_products(x: Array, w: Array, labels: Array) -> Any:
+    """The matrix products of the head and its two gradients. The barrier keeps the logits from being multiplied away."""
+    z = lax.optimization_barrier(jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype))
+    return jnp.matmul(z, w.T), jnp.matmul(x.T, z)
+
+
+_ANY: tuple[tuple[Shape, ...], ...] = (
+    ((), (128, 256), (2048, 2048)),
+    ((), (128, 128), (128, 256), (1024, 1024), (4096, 4096), (128, 32768), (128, 131072)),
+)
+_ROWS: tuple[tuple[Shape, ...], ...] = tuple(((8,), *shapes[1:]) for shapes in _ANY)
+_DECISIONS, _CLASSES = (_with_binary_labels, *_ANY), (_with_labels, *_ROWS)
+SUBJECTS = {
+    "sigmoid": Subject(jaxact.sigmoid, jax.nn.sigmoid, "jax.nn", _logits, *_ANY),
+    "log_sigmoid": Subject(jaxact.log_sigmoid, jax.nn.log_sigmoid, "jax.nn", _logits, *_ANY),
+    "softplus": Subject(jaxact.softplus, jax.nn.softplus, "jax.nn", _logits, *_ANY),
+    "logit": Subject(jaxact.logit, jax.scipy.special.logit, "jax.scipy", _probabilities, *_ANY),
+    "softmax": Subject(jaxact.softmax, jax.nn.softmax, "jax.nn", _logits, *_ROWS),
+    "log_softmax": Subject(jaxact.log_softmax, jax.nn.log_softmax, "jax.nn", _logits, *_ROWS),
+    "logsumexp": Subject(_row_logsumexp(jaxact.logsumexp), _row_logsumexp(jax.nn.logsumexp), "jax.nn", _logits, *_ROWS),
+    "softmax_cross_entropy_with_integer_labels": Subject(
+        losses.softmax_cross_entropy_with_integer_labels,
+        optax.softmax_cross_entropy_with_integer_labels,
+        "optax",
+        *_CLASSES,
+    ),
+    "softmax_cross_entropy": Subject(
+        losses.softmax_cross_entropy, optax.softmax_cross_entropy, "optax", _with_soft_labels, *_ROWS
+    ),
+    "sigmoid_binary_cross_entropy": Subject(
+        losses.sigmoid_binary_cross_entropy, optax.sigmoid_binary_cross_entropy, "optax", *_DECISIONS
+    ),
+    "sigmoid_focal_loss": Subject(losses.sigmoid_focal_loss, optax.sigmoid_focal_loss, "optax", *_DECISIONS),
+    "linear_cross_entropy": Subject(
+        jaxact.linear_cross_entropy,
+        _dense_head,
+        "dense, optax",
+        _head,
+        ((512, 128, 8192),),
+        ((512, 128, 8192), (2048, 512, 32768)),
+        _three_products,
+    ),
+}
