@@ -50,17 +50,19 @@ def exponentials(x: Array, peak: Array, t: Array | None, count: int) -> Array:
 
 
 def row_sums(x: Array, t: Array | None, axis: Axes) -> Sums:
-    peak = finite(maximum(x, axis))
+    # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
+    peak = finite(widen(maximum(x, axis)))
     count = class_count(x, axis)
     at_peak = exponentials(peak, peak, t, count)
-    total = jnp.sum(exponentials(x, peak, t, count), axis, keepdims=True)
+    total = jnp.sum(exponentials(widen(x), peak, t, count), axis, keepdims=True)
     all_but_one = total / at_peak - 1
 
     def exact(x: Array, peak: Array, all_but_one: Array) -> Array:
         # Below 1 this difference may have cancelled. But then no second class attains the maximum, and with weights
         # that are 0 at the maximum and 1 elsewhere the others can be summed by themselves.
-        weight = jnp.minimum((peak - jnp.minimum(x, peak)) / float(jnp.finfo(x.dtype).tiny), 1)
-        alone = jnp.sum(exponentials(x, peak, t, count) * weight, axis, keepdims=True) / at_peak
+        wide = widen(x)
+        weight = jnp.minimum((peak - jnp.minimum(wide, peak)) / float(jnp.finfo(peak.dtype).tiny), 1)
+        alone = jnp.sum(exponentials(wide, peak, t, count) * weight, axis, keepdims=True) / at_peak
         return jnp.where(all_but_one >= 1, all_but_one, alone)
 
     others = if_dominated(all_but_one, exact, lambda x, peak, all_but_one: all_but_one, x, peak, all_but_one)

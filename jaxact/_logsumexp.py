@@ -97,9 +97,8 @@ def _logsumexp_of_any(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _logsumexp(x: Array, axis: Axes) -> tuple[Array, Sums]:
     """The logarithm of the sum of exponentials over the axes, and the sums it is made of, as constants."""
-    wide = widen(x)
-    sums = row_sums(wide, None, axis)
-    return (maximum(wide, axis) + jnp.log1p(sums.others)).astype(x.dtype), sums
+    sums = row_sums(x, None, axis)
+    return (widen(maximum(x, axis)) + jnp.log1p(sums.others)).astype(x.dtype), sums
 
 
 def _logsumexp_fwd(x: Array, axis: Axes) -> Any:
@@ -109,6 +108,7 @@ def _logsumexp_fwd(x: Array, axis: Axes) -> Any:
 
 def _logsumexp_bwd(axis: Axes, residuals: Any, cotangents: Any) -> tuple[Array]:
     x, sums = residuals
+    # Not a probability of 16 bits: the product is rounded once.
     return ((widen(cotangents[0]) * _softmax(widen(x), None, sums, axis)).astype(x.dtype),)
 
 

@@ -170,13 +170,13 @@ def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, tempe
 def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, Sums]:
     """Log-softmax over the axes, and the sums it is made of, as constants."""
     wide = widen(x)
-    sums = row_sums(wide, t, axis)
+    sums = row_sums(x, t, axis)
     # Behind a barrier, as in softmax: XLA would otherwise write down the minimum that the sums have found already.
     peak = lax.optimization_barrier(sums.peak)
     d = jnp.minimum(wide, peak) - peak
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf.
-    d = d * jnp.where(maximum(wide, axis) == jnp.inf, peak, 1)
+    d = d * jnp.where(maximum(x, axis) == jnp.inf, peak, 1)
     return ((d if t is None else d / t) - jnp.log1p(sums.others)).astype(x.dtype), sums
 
 
@@ -187,8 +187,8 @@ def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
 
 def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
-    dtype = x.dtype
-    x, g = widen(x), widen(cotangents[0])
+    g = cotangents[0]
+    result = x.dtype if t is None else widen(x).dtype
 
     # The Jacobian is I − 1 pᵀ. It is a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ
     # lost to rounding at the largest probability is Σ v, and the second time takes it off.
@@ -200,23 +200,25 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def quick(g: Array, x: Array, t: Array | None, sums: Sums) -> Array:
-        return once(_softmax(x, t, sums, axis), g, x)
+        x = widen(x)
+        return once(_softmax(x, t, sums, axis), widen(g), x).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(g: Array, x: Array, t: Array | None, sums: Sums) -> Array:
+        x = widen(x)
         # Summed anew: XLA has more than one exponential function on CPU, and p must sum to 1 to the last bit.
         p = certain(_softmax(x, t, None, axis))
         # The barrier keeps XLA from computing v twice, with a contraction here and without it there.
-        v = lax.optimization_barrier(once(p, g, x))
-        return v - p * jnp.where(sums.others >= 1, 0, jnp.sum(v, axis, keepdims=True))
+        v = lax.optimization_barrier(once(p, widen(g), x))
+        return (v - p * jnp.where(sums.others >= 1, 0, jnp.sum(v, axis, keepdims=True))).astype(result)
 
     v = if_dominated(sums.others, exact, quick, g, x, t, sums)
     if t is None:
-        return v.astype(dtype), None
-    log_p = _log_softmax(x, t, axis)[0]
+        return v, None
+    log_p = _log_softmax(widen(x), t, axis)[0]
     possible = log_p > -jnp.inf
     t_bar = -jnp.sum(jnp.where(possible, v * jnp.where(possible, log_p, 0), 0)) / t
-    return (v / t).astype(dtype), t_bar
+    return (v / t).astype(x.dtype), t_bar
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
