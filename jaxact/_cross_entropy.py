@@ -182,67 +182,71 @@ def counts(labels: Array, ignore_index: int) -> Array:
 def elsewhere(z: Array, y: Array) -> Array:
     """0 at the label, 1 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
     # Beyond 2²⁴ not every whole number is a float32.
-    dtype = z.dtype if z.shape[-1] <= 2**24 else jnp.int32
+    result = compute_dtype(z.dtype)
+    dtype = result if z.shape[-1] <= 2**24 else jnp.int32
     # One row of places: JAX moves out of a loop what is the same in every step, and then keeps it.
     distance = jnp.arange(z.shape[-1], dtype=dtype) - y[..., None].astype(dtype)
-    return jnp.minimum(jnp.abs(distance), 1).astype(z.dtype)
+    return jnp.minimum(jnp.abs(distance), 1).astype(result)
 
 
-def at_label(z: Array, y: Array, classes: Classes) -> Array:
+def at_label(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     """z_y, with the class axis kept; infinite if it is the largest number."""
-    largest = float(jnp.finfo(z.dtype).max)
-
-    if _whole(z, classes):
-        z_y = finite(jnp.take_along_axis(z, y[..., None], -1, mode="clip"))
+    if _whole(x, classes):
+        z_y = finite(adjust(jnp.take_along_axis(x, y[..., None], -1, mode="clip")))
     else:
         # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
         # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
-        z_y = classes.sum(finite(z) * (1 - elsewhere(z, y)))
+        z_y = classes.sum(finite(adjust(x)) * (1 - elsewhere(x, y)))
+    largest = float(jnp.finfo(z_y.dtype).max)
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
 
-def _whole(z: Array, classes: Classes) -> bool:
+def _whole(x: Array, classes: Classes) -> bool:
     """Whether the classes are split neither by hand nor over the explicit axes of a mesh."""
-    return classes.axis_name is None and not any(jax.typeof(z).sharding.spec)
+    return classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
 
 
-def _in_blocks(z: Array, y: Array, shift: Array) -> Array:
+def _in_blocks(x: Array, adjust: Adjustment, y: Array, shift: Array) -> Array:
     """The sum of e^{z − shift} but at the label: of long rows on CPU in two thirds of the time of a sum with a mask.
 
     Only the label's block needs one.
     """
-    blocks = z.reshape(*z.shape[:-1], -1, BLOCK)
+    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
     own = jnp.take_along_axis(blocks, (y // BLOCK)[..., None, None], -2, mode="clip")[..., 0, :]
-    sums = jnp.sum(jnp.exp(blocks - shift[..., None]), -1) * elsewhere(blocks[..., 0], y // BLOCK)
-    at_own = jnp.exp(own - shift) * elsewhere(own, y % BLOCK)
+    sums = jnp.sum(jnp.exp(adjust(blocks) - shift[..., None]), -1) * elsewhere(blocks[..., 0], y // BLOCK)
+    at_own = jnp.exp(adjust(own) - shift) * elsewhere(own, y % BLOCK)
     return jnp.sum(sums, -1, keepdims=True) + jnp.sum(at_own, -1, keepdims=True)
 
 
-def label_sums(z: Array, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
-    """z_y and the sums. Rows that are not `live` do not matter and may hold anything."""
-    z_y = at_label(z, y, classes)
+def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
+    """z_y and the sums. Rows that are not `live` do not matter and may hold anything.
 
-    def others_about(shift: Array, z: Array, y: Array) -> Array:
-        if classes.branch and _whole(z, classes) and z.shape[-1] % BLOCK == 0 and z.shape[-1] >= 32 * BLOCK:
-            return _in_blocks(z, y, shift)
-        return classes.sum(jnp.exp(z - shift) * elsewhere(z, y))
+    What a gather or a branch is given is written to memory: logits as they are, which may have 16 bits.
+    """
+    z_y = at_label(x, adjust, y, classes)
 
-    def about_label(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+    def about_label(x: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
         return LabelSums(finite(z_y), jnp.ones_like(z_y), others)
 
-    def about_maximum(z: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+    def about_maximum(x: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+        z = adjust(x)
         peak = finite(classes.max(z))
         # The minimum changes +inf alone.
-        return LabelSums(peak, jnp.exp(jnp.minimum(z_y, peak) - peak), others_about(peak, jnp.minimum(z, peak), y))
+        others = classes.sum(jnp.exp(jnp.minimum(z, peak) - peak) * elsewhere(z, y))
+        return LabelSums(peak, jnp.exp(jnp.minimum(z_y, peak) - peak), others)
 
     if not classes.branch:
-        return z_y, about_maximum(z, y, z_y, z_y)
+        return z_y, about_maximum(x, y, z_y, z_y)
     # About the label, no maximum need be found first, as long as nothing overflows: until the loss is 87.
-    others = others_about(finite(z_y), z, y)
-    in_range = (others < float(jnp.finfo(z.dtype).max) / 4) & (z_y > -jnp.inf)
+    shift = finite(z_y)
+    if _whole(x, classes) and x.shape[-1] % BLOCK == 0 and x.shape[-1] >= 32 * BLOCK:
+        others = _in_blocks(x, adjust, y, shift)
+    else:
+        others = classes.sum(jnp.exp(adjust(x) - shift) * elsewhere(x, y))
+    in_range = (others < float(jnp.finfo(others.dtype).max) / 4) & (z_y > -jnp.inf)
     if live is not None:
         in_range |= ~live[..., None]
-    return z_y, unless_all(in_range, about_maximum, about_label, z, y, z_y, others)
+    return z_y, unless_all(in_range, about_maximum, about_label, x, y, z_y, others)
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
@@ -279,9 +283,8 @@ def label_losses(
     classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
 ) -> tuple[Losses, LabelSums]:
     """The losses of logits `x` after adjustment, 0 where not live; and the sums they are made of, as constants."""
-    z = adjust(x)
-    z_y, sums = label_sums(z, y, live, classes)
-    losses = losses_of(z, z_y, sums, weights, classes)
+    z_y, sums = label_sums(x, adjust, y, live, classes)
+    losses = losses_of(adjust(x), z_y, sums, weights, classes)
     return losses if live is None else Losses(*(jnp.where(live, a, 0) for a in losses)), sums
 
 
