@@ -29,8 +29,15 @@ def execute(path: Path) -> Any:
     for cell in notebook.cells:  # from an older format it comes with none
         cell.setdefault("metadata", {})
     os.environ["JAX_PLATFORMS"] = "cpu"  # what is committed should not depend on who has an accelerator
-    resources = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources, record_timing=False).execute()
+    client = NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(FOLDER)}},
+        extra_arguments=["--log-level=ERROR"],  # the kernel's own words, which are no output
+    )
+    client.execute()
     return normalise(notebook, path.stem)
 
 
