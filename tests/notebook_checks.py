@@ -18,7 +18,8 @@ def faults(notebook: Notebook) -> list[str]:
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     if cells[0]["cell_type"] != "markdown" or "?" not in text(cells[0]["source"]):
         found.append("the first cell asks no question")
-    if cells[-1]["cell_type"] != "markdown" or not text(cells[-1]["source"]).rstrip().endswith("."):
+    last = text(cells[-1]["source"]).rstrip("*\n")
+    if cells[-1]["cell_type"] != "markdown" or "answer" not in last.lower() or not last.endswith("."):
         found.append("the last cell gives no answer")
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
         found.append("the code cells have not all been run once, from top to bottom")

@@ -12,13 +12,20 @@ from typing import Any
 import pytest
 from notebook_checks import Notebook, differences, faults, same
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 @every_notebook
 def test_as_it_should_be_committed(path: Path) -> None:
     assert faults(json.loads(path.read_text(encoding="utf-8"))) == []
+
+
+@every_notebook
+def test_the_readme_leads_to_it(path: Path) -> None:
+    assert f"](notebooks/{path.name})" in README
 
 
 @every_notebook
@@ -61,7 +68,12 @@ def picture(data: str = "iVBO") -> dict[str, Any]:
 def sound() -> Notebook:
     return {
         "metadata": {"kernelspec": {"name": "python3"}, "language_info": {"name": "python"}},
-        "cells": [markdown("# Why?"), code(1, printed("loss 0.25, step 30\n")), code(2, picture()), markdown("So.")],
+        "cells": [
+            markdown("# Why?"),
+            code(1, printed("loss 0.25, step 30\n")),
+            code(2, picture()),
+            markdown("Answer: so."),
+        ],
     }
 
 
