@@ -1,4 +1,4 @@
-"""The site: `sphinx-build -W -n notebooks build/site`, with jaxact[docs]. It shows the outputs that are committed."""
+"""The site: `sphinx-build -aEWn notebooks build/site`, with jaxact[docs]. It shows the outputs that are committed."""
 
 from typing import Any
 
@@ -16,9 +16,11 @@ suppress_warnings = ["myst.header"]  # the verifier's report counts its own leve
 
 html_theme = "furo"
 html_title = "jaxact"
-html_favicon = "favicon.svg"  # browsers ask for one
+html_favicon = "_static/favicon.svg"  # browsers ask for one
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
-smartquotes = False  # "mean" is a string that one may pass
+smartquotes_action = "D"  # dashes only: "mean" is a string that one may pass
 html_copy_source = False
 
 nb_execution_mode = "off"

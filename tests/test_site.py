@@ -1,6 +1,6 @@
 """The built site in a browser without a network: pages load, images show, formulas are set, a phone is wide enough.
 
-`sphinx-build -W -n notebooks build/site && pytest --exhaustive tests/test_site.py`; `python tests/test_site.py FOLDER`
+`sphinx-build -aEWn notebooks build/site && pytest --exhaustive tests/test_site.py`; `python tests/test_site.py FOLDER`
 writes a picture of each page, as wide as a desk and as a phone.
 """
 
@@ -108,9 +108,13 @@ def test_a_page(browser: Browser, page: str) -> None:
 
 
 @every_page
-def test_a_page_on_a_phone(browser: Browser, page: str) -> None:
-    browser.show(page, PHONE)
-    assert browser.run("return document.documentElement.scrollWidth") <= PHONE
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_a_page_is_as_wide_as_the_screen(browser: Browser, page: str, width: int) -> None:
+    browser.show(page, width)
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    # The theme lets the text scroll as a whole; what is too wide should do so by itself.
+    content = "document.querySelector('.content')"
+    assert browser.run(f"return {content}.scrollWidth - {content}.clientWidth") == 0
 
 
 def take_pictures(folder: Path) -> None:
