@@ -19,6 +19,7 @@ html_title = "jaxact"
 html_favicon = "_static/favicon.svg"  # browsers ask for one
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_use_index = html_domain_indices = False  # the page of functions is one
 html_show_sphinx = False
 smartquotes_action = "D"  # dashes only: "mean" is a string that one may pass
 html_copy_source = False
