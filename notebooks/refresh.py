@@ -61,6 +61,8 @@ def normalise(notebook: Any, name: str) -> Any:
                     output.execution_count = count
                 if "metadata" in output:
                     output.metadata = nbformat.from_dict({})
+                if "image/png" in output.get("data", {}):
+                    output.data = nbformat.from_dict({"image/png": output.data["image/png"]})
     nbformat.validate(notebook)
     return notebook
 
