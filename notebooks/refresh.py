@@ -54,7 +54,7 @@ def normalise(notebook: Any, name: str) -> Any:
         if cell.cell_type == "code":
             count += 1
             cell.execution_count = count
-            # A widget lives in a kernel only; a static picture of the same follows it.
+            # A widget lives in a kernel only; a static picture of the same stands beside it.
             cell.outputs = [] if "interactive" in tags else joined(cell.outputs)
             for output in cell.outputs:
                 if output.output_type == "execute_result":
