@@ -133,7 +133,7 @@ def _speedup(names: list[str], seconds: float, advance: Callable[[], None]) -> d
     from jaxact._cli._bench_measure import seconds_of
     from jaxact._cli._bench_subjects import SUBJECTS
 
-    if not hasattr(os, "sched_getaffinity") or len(allowed := os.sched_getaffinity(0)) == 1:
+    if not hasattr(os, "sched_setaffinity") or len(allowed := os.sched_getaffinity(0)) == 1:
         return None
     # JAX starts as many threads as there are cores, once, so that each number of them needs its process.
     with _restricted({min(allowed)}) as one, _restricted(allowed) as every:
