@@ -82,7 +82,7 @@ def _rows(axes: Axes, cells: list[Cell]) -> None:
 
 def _broken(name: str) -> str:
     """In two lines, if long."""
-    return name.replace("_with_", "\nwith_") if len(name) > 30 else name
+    return name.replace("_with_", "_\nwith_") if len(name) > 30 else name
 
 
 def _style(dtype: str, what: str) -> dict[str, Any]:

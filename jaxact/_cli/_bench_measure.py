@@ -25,6 +25,7 @@ ROUNDS = (5, 400)  # at least and at most
 LEAST = 3e-4  # seconds of one measurement: shorter calls are repeated
 UNCERTAIN = 0.1  # a spread above which a ratio means little
 SMALL, LARGE = 2**10, 2**16  # bytes of the arguments: eager calls up to, the limit and the summary from
+LENGTHY = 0.2  # seconds of compiling
 BOTH = ("ours", "peer")
 
 
@@ -105,10 +106,13 @@ def _kept(subject: Subject, arguments: tuple[Array, ...]) -> tuple[int, int]:
 
 
 def _compiled(of: Callable[..., Any], subject: Subject, given: tuple[Array, ...]) -> tuple[dict[str, Any], Any]:
-    """Both compiled, and the seconds it took from the first trace on: the smaller of two times, in turns."""
+    """Both compiled, and the seconds it took from the first trace on."""
     compiled: dict[str, Any] = {}
     times = dict.fromkeys(BOTH, math.inf)
     for who in (*BOTH, *BOTH[::-1]):
+        # The smaller of two times, in turns; a long one varies less, relatively, and is too long to repeat.
+        if LENGTHY < min(times.values()) < math.inf:
+            break
         jax.clear_caches()  # or what one of them has traced would be of use to the other, and to the second time
         start = time.perf_counter()
         compiled[who] = jax.jit(of(getattr(subject, who), subject.count)).lower(*given).compile()

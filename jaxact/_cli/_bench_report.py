@@ -140,7 +140,9 @@ def summary(outcome: Outcome) -> list[str]:
         )
         slow = sorted((c for c in large if c.of_peer.ratio > 1 + CHANGED), key=lambda c: -c.of_peer.ratio)
         worst = "; ".join(f"{_name(c)} {_with_spread(c.of_peer)}" for c in slow[:5])
-        lines.append(f"Slower by more than 5 %: {len(slow)} of {len(large)} cells{': ' if slow else ''}{worst}")
+        unsure = sum(not c.of_peer.certain for c in slow)
+        count = f"{len(slow)} of {len(large)} cells" + (f", {unsure} of them uncertain (~)" if unsure else "")
+        lines.append(f"Slower by more than 5 %: {count}{': ' if slow else ''}{worst}")
         limits = {what: [c.of_limit.ratio for c in large if c.what == what and c.of_limit] for what in _WHATS}
         texts = [f"{what} {np.median(of):.1f}, at most {max(of):.1f}" for what, of in limits.items() if of]
         lines.append(f"Over the limit (medians): {'; '.join(texts)}")
@@ -220,7 +222,7 @@ def _key(c: dict[str, Any]) -> tuple[Any, ...]:
     return c["function"], c["peer"], c["dtype"], tuple(c["shape"]), c["mode"], c["what"]
 
 
-COMPARED = ("function", "dtype", "shape", "", "old", "new", "new/old")
+COMPARED = ("old", "new", "new/old", "dtype", "shape", "mode", "what", "function")
 
 
 def changes(old: Old, outcome: Outcome) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -233,9 +235,8 @@ def changes(old: Old, outcome: Outcome) -> tuple[list[tuple[str, ...]], list[str
         common += 1
         of = c.of_peer.ratio / before.ratio
         if abs(math.log(of)) > math.log1p(max(CHANGED, before.spread, c.of_peer.spread)):
-            what = f"{c.mode} {c.what}"
             texts = (_with_spread(before), _with_spread(c.of_peer), f"{of:.2f}")
-            found.append((abs(math.log(of)), (c.function, c.dtype, shape_text(c), what, *texts)))
+            found.append((abs(math.log(of)), (*texts, c.dtype, shape_text(c), c.mode, c.what, c.function)))
     found.sort(key=lambda change: -change[0])
     notes = [f"{len(found)} of {common} cells of both runs have changed by more than both spreads and 5 %"]
     for name, was, now in (("versions", old.versions, outcome.versions), ("hardware", old.hardware, outcome.hardware)):

@@ -29,9 +29,10 @@ NAMES = (
     "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy", "sigmoid_binary_cross_entropy",
     "sigmoid_focal_loss", "linear_cross_entropy",
 )  # fmt: skip
-SECONDS = {"quick": 0.1, "full": 0.5}  # of a comparison: the slowest take longer
+SECONDS = {"quick": 0.1, "full": 0.3}  # of a comparison: the slowest take longer
 IMPORTS = {"quick": 3, "full": 9}
-WIDTHS = (8, 14, 12, 5, 12, 5, 11, 11, 11, 9)  # of the columns: 119 with the spaces between
+WIDTHS = (-8, -14, 12, 5, 12, 5, 11, 11, 11, 9)  # of the columns: 118 with the spaces between
+CHANGE_WIDTHS = (12, 12, 7, -8, -14, -5, -14, -1)  # what is as long as it likes comes last
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     sections: list[str] = []
     if old:
         rows, notes = report.changes(old, outcome)
-        _print_changes(console, report.COMPARED, rows, notes)
+        for texts in (report.COMPARED, *rows) if rows else ():
+            console.print(_line(texts, CHANGE_WIDTHS), soft_wrap=True)
+        for note in notes:
+            console.print(f"{note}.", soft_wrap=True)
         lines = report.table(report.COMPARED, rows) if rows else []
         sections = [f"## Since {arguments.compare.name}", "", *lines, "", *(f"{note}." for note in notes), ""]
     written = report.write(outcome, sections, arguments.out)
@@ -109,22 +113,23 @@ def _rows(tasks: list[Task], seconds: float, bar: "Progress", doing: Any, consol
     from jaxact._cli._bench_measure import cells
     from jaxact._cli._bench_report import COLUMNS, row
 
-    console.print(_line(COLUMNS), soft_wrap=True)
+    console.print(_line(COLUMNS, WIDTHS), soft_wrap=True)
     heading = ""
     for name, subject, dtype, shape in tasks:
         bar.update(doing, description=name)
         found = cells(name, subject, dtype, shape, seconds)
         if heading != (heading := f"{name}, beside {subject.peer_name}"):
             console.print(heading, style="bold", soft_wrap=True)
-        console.print(_line(row(found)), soft_wrap=True)
+        console.print(_line(row(found), WIDTHS), soft_wrap=True)
         bar.advance(doing)
         yield found
 
 
-def _line(texts: tuple[str, ...]) -> str:
-    left, right = texts[:2], texts[2:]
-    parts = [f"{text:<{width}}" for text, width in zip(left, WIDTHS[:2], strict=True)]
-    parts += [f"{text:>{width}}" for text, width in zip(right, WIDTHS[2:], strict=True)]
+def _line(texts: tuple[str, ...], widths: tuple[int, ...]) -> str:
+    """Negative widths are of columns that are flush left."""
+    parts = [
+        f"{text:>{width}}" if width > 0 else f"{text:<{-width}}" for text, width in zip(texts, widths, strict=True)
+    ]
     return "  " + "  ".join(parts).rstrip()
 
 
@@ -156,16 +161,3 @@ def _restricted(to: set[int]) -> ProcessPoolExecutor:
 def _restrict(cores: set[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the parent to report
     os.sched_setaffinity(0, cores)
-
-
-def _print_changes(console: "Console", columns: tuple[str, ...], rows: list[tuple[str, ...]], notes: list[str]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for line in rows:
-        table.add_row(*line)
-    if rows:
-        console.print(table)
-    for note in notes:
-        console.print(f"{note}.", soft_wrap=True)
