@@ -1,6 +1,7 @@
 """The command line: what `bench` measures, prints and writes, and how it says what is wrong. No test is of speed."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -49,6 +50,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SECONDS", {"quick": 0, "full": 0})
     monkeypatch.setattr(bench, "IMPORTS", {"quick": 1, "full": 1})
     monkeypatch.setattr(measure, "LEAST", 0)
+    monkeypatch.setattr(measure, "LENGTHY", 0)
     monkeypatch.setattr(bench, "_restricted", lambda to: ThreadPoolExecutor(1))
 
 
@@ -167,6 +169,23 @@ def test_short_calls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     measure.in_turns({"short": lambda: short.append(0), "long": slow}, 0)
     assert len(long) == 3
     assert len(short) > 10
+
+
+@pytest.mark.parametrize(("lengthy", "times"), [(0, 1), (math.inf, 2)])
+def test_short_compiling_is_repeated(lengthy: float, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LENGTHY", lengthy)
+    traced: list[str] = []
+
+    def tracing(who: str, x: Any) -> Any:
+        traced.append(who)
+        return x
+
+    ours, peer = (functools.partial(tracing, who) for who in measure.BOTH)
+    subject = dataclasses.replace(subjects.SUBJECTS["sigmoid"], ours=ours, peer=peer)
+    compiled, seconds = measure._compiled(measure._value, subject, (jnp.ones(3),))
+    assert sorted(traced) == ["ours"] * times + ["peer"] * times
+    assert compiled.keys() == set(measure.BOTH)
+    assert min(seconds) > 0
 
 
 def test_the_gradient_is_of_the_first_arguments() -> None:

@@ -111,8 +111,8 @@ def _compiled(of: Callable[..., Any], subject: Subject, given: tuple[Array, ...]
     times = dict.fromkeys(BOTH, math.inf)
     for who in (*BOTH, *BOTH[::-1]):
         # The smaller of two times, in turns; a long one varies less, relatively, and is too long to repeat.
-        if LENGTHY < min(times.values()) < math.inf:
-            break
+        if LENGTHY < times[who] < math.inf:
+            continue
         jax.clear_caches()  # or what one of them has traced would be of use to the other, and to the second time
         start = time.perf_counter()
         compiled[who] = jax.jit(of(getattr(subject, who), subject.count)).lower(*given).compile()

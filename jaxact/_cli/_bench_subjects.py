@@ -1,6 +1,7 @@
 """What `bench` measures: jaxact's functions, what users have for them now, and the inputs."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -132,6 +133,7 @@ def beside_tokamax() -> dict[str, Subject]:
         import tokamax
     except ImportError:
         return {}
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of each shape that it has not been tuned for
 
     def chunked(x: Array, w: Array, labels: Array) -> Array:
         return tokamax.linear_softmax_cross_entropy_loss(x, labels, w, reduction="mean", implementation="chunked_xla")
