@@ -96,7 +96,9 @@ def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
     jax.config.update("jax_enable_compilation_cache", False)  # programs found on disk are not compiled
     tasks = _tasks(names, extent)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not sys.stdout.isatty()) as bar:
+    # Drawn seldom, for it takes time from what is measured.
+    options: dict[str, Any] = {"refresh_per_second": 1, "transient": True, "disable": not sys.stdout.isatty()}
+    with Progress(*columns, console=console, **options) as bar:
         doing = bar.add_task("", total=len(tasks) + 1 + len(names))
         cells: list[Cell] = []
         for found in _rows(tasks, SECONDS[extent], bar, doing, console):
