@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from jaxact._cli import converge, head, verify
+from jaxact._cli import bench, converge, head, verify
 
-COMMANDS = {"converge": converge, "head": head, "verify": verify}
+COMMANDS = {"bench": bench, "converge": converge, "head": head, "verify": verify}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,8 +1,9 @@
 """What `bench` measures: jaxact's functions, what users have for them now, and the inputs."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,21 @@ Shape = tuple[int, ...]
 DTYPES = ("float32", "bfloat16")
 
 
+class Shapes(NamedTuple):
+    quick: tuple[Shape, ...]
+    full: tuple[Shape, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A function and its peer: the same signature, differentiated with respect to the floats among the arguments."""
+    """A function and its peer, with the same signature."""
 
     ours: Function
     peer: Function
     peer_name: str
     arguments: Callable[[Shape, str], tuple[Array, ...]]
-    quick: tuple[Shape, ...]
-    full: tuple[Shape, ...]
+    shapes: Shapes
+    count: int = 1  # of the arguments, from the first, with respect to which they are differentiated; labels follow
     limit: Function | None = None  # with the gradients too; by default a copy of the same bytes
 
 
@@ -75,45 +81,62 @@ def _dense_head(x: Array, w: Array, labels: Array) -> Array:
 
 
 def _three_products(x: Array, w: Array, labels: Array) -> Any:
-    """The matrix products of the head and its two gradients. The barrier keeps the logits from being multiplied away."""
+    """The matrix products of the head and its gradients. The barrier keeps the logits from being multiplied away."""
     z = lax.optimization_barrier(jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype))
     return jnp.matmul(z, w.T), jnp.matmul(x.T, z)
 
 
-_ANY: tuple[tuple[Shape, ...], ...] = (
+_ANY = Shapes(
     ((), (128, 256), (2048, 2048)),
     ((), (128, 128), (128, 256), (1024, 1024), (4096, 4096), (128, 32768), (128, 131072)),
 )
-_ROWS: tuple[tuple[Shape, ...], ...] = tuple(((8,), *shapes[1:]) for shapes in _ANY)
-_DECISIONS, _CLASSES = (_with_binary_labels, *_ANY), (_with_labels, *_ROWS)
+_ROWS = Shapes(*(((8,), *shapes[1:]) for shapes in _ANY))
 SUBJECTS = {
-    "sigmoid": Subject(jaxact.sigmoid, jax.nn.sigmoid, "jax.nn", _logits, *_ANY),
-    "log_sigmoid": Subject(jaxact.log_sigmoid, jax.nn.log_sigmoid, "jax.nn", _logits, *_ANY),
-    "softplus": Subject(jaxact.softplus, jax.nn.softplus, "jax.nn", _logits, *_ANY),
-    "logit": Subject(jaxact.logit, jax.scipy.special.logit, "jax.scipy", _probabilities, *_ANY),
-    "softmax": Subject(jaxact.softmax, jax.nn.softmax, "jax.nn", _logits, *_ROWS),
-    "log_softmax": Subject(jaxact.log_softmax, jax.nn.log_softmax, "jax.nn", _logits, *_ROWS),
-    "logsumexp": Subject(_row_logsumexp(jaxact.logsumexp), _row_logsumexp(jax.nn.logsumexp), "jax.nn", _logits, *_ROWS),
+    "sigmoid": Subject(jaxact.sigmoid, jax.nn.sigmoid, "jax.nn", _logits, _ANY),
+    "log_sigmoid": Subject(jaxact.log_sigmoid, jax.nn.log_sigmoid, "jax.nn", _logits, _ANY),
+    "softplus": Subject(jaxact.softplus, jax.nn.softplus, "jax.nn", _logits, _ANY),
+    "logit": Subject(jaxact.logit, jax.scipy.special.logit, "jax.scipy", _probabilities, _ANY),
+    "softmax": Subject(jaxact.softmax, jax.nn.softmax, "jax.nn", _logits, _ROWS),
+    "log_softmax": Subject(jaxact.log_softmax, jax.nn.log_softmax, "jax.nn", _logits, _ROWS),
+    "logsumexp": Subject(_row_logsumexp(jaxact.logsumexp), _row_logsumexp(jax.nn.logsumexp), "jax.nn", _logits, _ROWS),
     "softmax_cross_entropy_with_integer_labels": Subject(
         losses.softmax_cross_entropy_with_integer_labels,
         optax.softmax_cross_entropy_with_integer_labels,
         "optax",
-        *_CLASSES,
+        _with_labels,
+        _ROWS,
     ),
     "softmax_cross_entropy": Subject(
-        losses.softmax_cross_entropy, optax.softmax_cross_entropy, "optax", _with_soft_labels, *_ROWS
+        losses.softmax_cross_entropy, optax.softmax_cross_entropy, "optax", _with_soft_labels, _ROWS
     ),
     "sigmoid_binary_cross_entropy": Subject(
-        losses.sigmoid_binary_cross_entropy, optax.sigmoid_binary_cross_entropy, "optax", *_DECISIONS
+        losses.sigmoid_binary_cross_entropy, optax.sigmoid_binary_cross_entropy, "optax", _with_binary_labels, _ANY
     ),
-    "sigmoid_focal_loss": Subject(losses.sigmoid_focal_loss, optax.sigmoid_focal_loss, "optax", *_DECISIONS),
+    "sigmoid_focal_loss": Subject(
+        losses.sigmoid_focal_loss, optax.sigmoid_focal_loss, "optax", _with_binary_labels, _ANY
+    ),
     "linear_cross_entropy": Subject(
         jaxact.linear_cross_entropy,
         _dense_head,
         "dense, optax",
         _head,
-        ((512, 128, 8192),),
-        ((512, 128, 8192), (2048, 512, 32768)),
+        Shapes(((512, 128, 8192),), ((512, 128, 8192), (2048, 512, 32768))),
+        2,
         _three_products,
     ),
 }
+
+
+def beside_tokamax() -> dict[str, Subject]:
+    """The head beside tokamax's, where it is installed."""
+    try:
+        import tokamax
+    except ImportError:
+        return {}
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of each shape that it has not been tuned for
+
+    def chunked(x: Array, w: Array, labels: Array) -> Array:
+        return tokamax.linear_softmax_cross_entropy_loss(x, labels, w, reduction="mean", implementation="chunked_xla")
+
+    head = SUBJECTS["linear_cross_entropy"]
+    return {"linear_cross_entropy": dataclasses.replace(head, peer=chunked, peer_name="tokamax")}

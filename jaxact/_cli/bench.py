@@ -1,0 +1,165 @@
+"""`bench`: how fast is jaxact, beside what users have now and beside the limit?"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxact._cli._arguments import make_directory, require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from jaxact._cli._bench_measure import Cell
+    from jaxact._cli._bench_report import Outcome
+    from jaxact._cli._bench_subjects import Shape, Subject
+
+SUMMARY = "Measure time and memory of jaxact's functions beside jax.nn's and optax's, and beside the limit."
+NAMES = (
+    "sigmoid", "log_sigmoid", "softplus", "logit", "softmax", "log_softmax", "logsumexp",
+    "softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy", "sigmoid_binary_cross_entropy",
+    "sigmoid_focal_loss", "linear_cross_entropy",
+)  # fmt: skip
+SECONDS = {"quick": 0.1, "full": 0.3}  # of a comparison: the slowest take longer
+IMPORTS = {"quick": 3, "full": 9}
+WIDTHS = (-8, -14, 12, 5, 12, 5, 11, 11, 11, 9)  # of the columns: 118 with the spaces between
+CHANGE_WIDTHS = (12, 12, 7, -8, -14, -5, -14, -1)  # what is as long as it likes comes last
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    add("--quick", action="store_true", help="fewer shapes and less time each: 3 minutes instead of 15")
+    add("--out", type=Path, default=Path("bench"), metavar="DIR", help="for the results (default: %(default)s)")
+    add("--compare", type=Path, metavar="OLD.json", help="say what has changed since the run that wrote it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints and writes. What can be wrong is checked before the measuring."""
+    unknown = [name for name in arguments.names if name not in NAMES]
+    if unknown:
+        choices = ", ".join(NAMES)
+        raise ArgumentError(None, f"there is no function {unknown[0]!r} to measure: choose from {choices}.")
+    require("demo", "optax", "rich", "matplotlib")
+    from jaxact._cli import _bench_report as report
+
+    old = report.read(arguments.compare) if arguments.compare else None
+    make_directory(arguments.out)
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    names = [name for name in NAMES if name in arguments.names or not arguments.names]
+    outcome = _measured(names, "quick" if arguments.quick else "full", console)
+    for line in (report.LEGEND, "", *report.summary(outcome)):
+        console.print(f"{line}." if line else "", soft_wrap=True)
+    sections: list[str] = []
+    if old:
+        rows, notes = report.changes(old, outcome)
+        for texts in (report.COMPARED, *rows) if rows else ():
+            console.print(_line(texts, CHANGE_WIDTHS), soft_wrap=True)
+        for note in notes:
+            console.print(f"{note}.", soft_wrap=True)
+        lines = report.table(report.COMPARED, rows) if rows else []
+        sections = [f"## Since {arguments.compare.name}", "", *lines, "", *(f"{note}." for note in notes), ""]
+    written = report.write(outcome, sections, arguments.out)
+    console.print(f"Written to {arguments.out}: {', '.join(written)}.", soft_wrap=True)
+    return 0
+
+
+Task = tuple[str, "Subject", str, "Shape"]
+
+
+def _tasks(names: list[str], extent: str) -> list[Task]:
+    from jaxact._cli._bench_subjects import DTYPES, SUBJECTS, beside_tokamax
+
+    others = beside_tokamax()
+    subjects = [(name, of[name]) for name in names for of in (SUBJECTS, others) if name in of]
+    return [(name, s, dtype, shape) for name, s in subjects for shape in getattr(s.shapes, extent) for dtype in DTYPES]
+
+
+def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
+    """Prints each row of the table when it is measured."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from jaxact._cli._bench_measure import importing
+    from jaxact._cli._bench_report import Outcome, cores
+
+    jax.config.update("jax_enable_compilation_cache", False)  # programs found on disk are not compiled
+    tasks = _tasks(names, extent)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn seldom, for it takes time from what is measured.
+    options: dict[str, Any] = {"refresh_per_second": 1, "transient": True, "disable": not sys.stdout.isatty()}
+    with Progress(*columns, console=console, **options) as bar:
+        doing = bar.add_task("", total=len(tasks) + 1 + len(names))
+        cells: list[Cell] = []
+        for found in _rows(tasks, SECONDS[extent], bar, doing, console):
+            cells += found
+        bar.update(doing, description="import")
+        imported = importing(IMPORTS[extent])
+        bar.advance(doing)
+        bar.update(doing, description="cores")
+        speedup = _speedup(names, SECONDS[extent], lambda: bar.advance(doing))
+    return Outcome(extent == "quick", cells, imported, cores(), speedup)
+
+
+def _rows(tasks: list[Task], seconds: float, bar: "Progress", doing: Any, console: "Console") -> Iterator[list["Cell"]]:
+    from jaxact._cli._bench_measure import cells
+    from jaxact._cli._bench_report import COLUMNS, row
+
+    console.print(_line(COLUMNS, WIDTHS), soft_wrap=True)
+    heading = ""
+    for name, subject, dtype, shape in tasks:
+        bar.update(doing, description=name)
+        found = cells(name, subject, dtype, shape, seconds)
+        if heading != (heading := f"{name}, beside {subject.peer_name}"):
+            console.print(heading, style="bold", soft_wrap=True)
+        console.print(_line(row(found), WIDTHS), soft_wrap=True)
+        bar.advance(doing)
+        yield found
+
+
+def _line(texts: tuple[str, ...], widths: tuple[int, ...]) -> str:
+    """Negative widths are of columns that are flush left."""
+    parts = [
+        f"{text:>{width}}" if width > 0 else f"{text:<{-width}}" for text, width in zip(texts, widths, strict=True)
+    ]
+    return "  " + "  ".join(parts).rstrip()
+
+
+def _speedup(names: list[str], seconds: float, advance: Callable[[], None]) -> dict[str, float] | None:
+    """From one core to all, of value and gradient at the last of the quick shapes; None where it cannot be measured."""
+    from jaxact._cli._bench_measure import seconds_of
+    from jaxact._cli._bench_subjects import SUBJECTS
+
+    if not hasattr(os, "sched_setaffinity") or len(allowed := os.sched_getaffinity(0)) == 1:
+        return None
+    # JAX starts as many threads as there are cores, once, so that each number of them needs its process.
+    with _restricted({min(allowed)}) as one, _restricted(allowed) as every:
+        found = {}
+        for name in names:
+            # One after the other, or they would take each other's cores.
+            alone, together = (
+                pool.submit(seconds_of, name, SUBJECTS[name].shapes.quick[-1], seconds).result()
+                for pool in (one, every)
+            )
+            found[name] = alone / together
+            advance()
+    return found
+
+
+def _restricted(to: set[int]) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _restrict, (to,))
+
+
+def _restrict(cores: set[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the parent to report
+    os.sched_setaffinity(0, cores)
