@@ -42,9 +42,11 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether the verdict is "verified"."""
         return self.verdict == VERIFIED
 
     def raise_if_not_ok(self) -> None:
+        """Raises an `AssertionError` with the report as its message unless the verdict is "verified"."""
         if not self.ok:
             raise Refuted(str(self))
 
@@ -58,9 +60,11 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> str:
+        """The report as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=_plain)
 
     def to_markdown(self) -> str:
+        """The report as a section of Markdown."""
         lines = [f"### `{self.subject}`: {self.verdict}", "", *(f"{reason}\n" for reason in self.reasons)]
         lines += ["| check | verdict | |", "|---|---|---|"]
         lines += [f"| {c.name} | {c.verdict} | {_cell(c.detail)} |" for c in self.checks]
