@@ -228,7 +228,6 @@ def train_twins(
     w = initialise(jax.random.key(0) if key is None else key, x.shape[1], 1, x.dtype)
     half = Params(*(jnp.concatenate([-leaf / 2, leaf / 2]) for leaf in w))
     factor = 2 if matched else 1
-    total = 2 * steps
     report = progress or (lambda done: None)
     segments = 1 if progress is None else min(20, steps)
     single = _train(
@@ -237,7 +236,6 @@ def train_twins(
     double = _train(
         half, x, y, transformation(learning_rate, weight_decay), loss, steps, segments, lambda n: report(steps + n)
     )
-    del total
     return Twins(single, double)
 
 
