@@ -50,7 +50,7 @@ def _message(outcome: Outcome) -> tuple[str, str]:
     if not count:
         return title, f"No function is slower at any of {len(outcome.large)} points"
     share = f"{count} of {len(outcome.large)} points are slower by more than 5 %"
-    return title, f"{share}, at most {worst.of_peer.ratio:.1f} times: {worst.function}"
+    return title, f"{share}, the slowest takes {worst.of_peer.ratio:.1f} times its peer's"
 
 
 def _settings(outcome: Outcome) -> str:
