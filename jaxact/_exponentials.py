@@ -24,12 +24,12 @@ class Sums(NamedTuple):
     """What a row's logits come to; arrays of the row's shape with the class axes kept."""
 
     peak: Array  # the maximum m, or the finite number nearest to it
-    total: Array  # the sum of `exponentials`
+    total: Array  # the sum of `exponentials`, times `scale`
     others: Array  # Σ e^{(xⱼ − m)/t} over all j but one at which m is attained; 0 where no class is left
 
 
-def exponentials(x: Array, peak: Array, t: Array | None, count: int) -> Array:
-    """exp((x − s)/t), times a factor common to the row that keeps the sum of `count` of them within range.
+def exponentials(x: Array, peak: Array, t: Array | None) -> Array:
+    """exp((x − s)/t) for a shift s of the row such that the largest is between 1 and e⁸⁶ in float32.
 
     Subtracting the maximum m as s rounds: by up to |x − m|·u, a relative error in the exponential of 66 ulp at logit
     scale 30. But the maximum is only one of many shifts that prevent overflow. An integer s ≤ m such that m − s stays
@@ -44,29 +44,49 @@ def exponentials(x: Array, peak: Array, t: Array | None, count: int) -> Array:
     # Room for rounding s up, and for the reciprocal of the sum to be a normal number.
     room = math.floor(math.log(float(jnp.finfo(peak.dtype).max))) - 2
     shift = jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
-    # Room for the sum: a power of 2, where the maximum is so large that it flushes none of the small ones.
-    large = jnp.minimum(jnp.floor(jnp.maximum(peak / 64, 0)), 1)
-    return jnp.exp(x - shift) * (1 - large * (1 - smallest_total(count)))
+    return jnp.exp(x - shift)
+
+
+def total(e: Array, axis: Axes) -> Array:
+    """The sum of exponentials, times `scale`: by itself it might overflow. What that flushes is too small to count."""
+    return jnp.sum(e * scale(class_count(e, axis)), axis, keepdims=True)
+
+
+def scale(count: int) -> float:
+    """The largest power of 2 that is at most 1/count."""
+    return 2.0 ** -(max(count, 1) - 1).bit_length()
+
+
+def over_total(e: Array, total: Array, peak: Array, t: Array | None) -> Array:
+    """Exponentials divided by their `total`; 0 where no class is left and the sum is 0."""
+    c = scale(e.size // max(total.size, 1))
+    total = jnp.maximum(total, c)
+    if t is not None:
+        return e / (total / c)
+    # The reciprocal of a large sum may not be a normal number. Where the maximum is large we scale the exponentials
+    # instead, which flushes none of a normal probability. (Arithmetic on the maximum, and not a comparison of the sum:
+    # so XLA for CPU makes one kernel of softmax.)
+    factor = 1 - jnp.minimum(jnp.floor(jnp.maximum(peak / 64, 0)), 1) * (1 - c)
+    return e * factor / (total * (factor / c))
 
 
 def row_sums(x: Array, t: Array | None, axis: Axes) -> Sums:
     # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
     peak = finite(widen(maximum(x, axis)))
-    count = class_count(x, axis)
-    at_peak = exponentials(peak, peak, t, count)
-    total = jnp.sum(exponentials(widen(x), peak, t, count), axis, keepdims=True)
-    all_but_one = total / at_peak - 1
+    at_peak = exponentials(peak, peak, t)
+    sum_of_all = total(exponentials(widen(x), peak, t), axis)
+    all_but_one = sum_of_all / (at_peak * scale(class_count(x, axis))) - 1
 
     def exact(x: Array, peak: Array, all_but_one: Array) -> Array:
         # Below 1 this difference may have cancelled. But then no second class attains the maximum, and with weights
         # that are 0 at the maximum and 1 elsewhere the others can be summed by themselves.
         wide = widen(x)
         weight = jnp.minimum((peak - jnp.minimum(wide, peak)) / float(jnp.finfo(peak.dtype).tiny), 1)
-        alone = jnp.sum(exponentials(wide, peak, t, count) * weight, axis, keepdims=True) / at_peak
+        alone = jnp.sum(exponentials(wide, peak, t) * weight, axis, keepdims=True) / at_peak
         return jnp.where(all_but_one >= 1, all_but_one, alone)
 
     others = if_dominated(all_but_one, exact, lambda x, peak, all_but_one: all_but_one, x, peak, all_but_one)
-    return Sums(peak, total, others)
+    return Sums(peak, sum_of_all, others)
 
 
 def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
@@ -122,8 +142,10 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
     # The Jacobian is diag(y) − y yᵀ = Pᵀ diag(y) P with P u = u − ⟨u, y⟩. Where one probability is near 1, subtracting
     # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
     # symmetric, as the Jacobian is: transposed for forward mode it is the same three steps.
-    z = y * (g - row_sum(g * y))
-    return z - y * row_sum(z)
+    # Both differences have their sign reversed: what XLA for CPU subtracts from each entry of a row it first negates,
+    # in a kernel of its own that parts the two around it; this way one kernel does it all.
+    z = y * (row_sum(g * y) - g)
+    return y * row_sum(z) - z
 
 
 # (log1p(e) − e)/e² on [0, 1] by Remez' algorithm: with it log1p is within 0.09 u in float32, but for rounding.
@@ -151,11 +173,6 @@ def finite(top: Array) -> Array:
     """The nearest finite number, so that ∞ − ∞ never occurs. Not `clip`, at which XLA for CPU splits the kernel."""
     largest = float(jnp.finfo(top.dtype).max)
     return -jnp.maximum(-jnp.maximum(top, -largest), -largest)
-
-
-def smallest_total(count: int) -> float:
-    """The largest power of 2 that is at most 1/count, and the least sum of exponentials."""
-    return 2.0 ** -(max(count, 1) - 1).bit_length()
 
 
 def class_count(x: Array, axis: Axes) -> int:

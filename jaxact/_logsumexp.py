@@ -108,8 +108,9 @@ def _logsumexp_fwd(x: Array, axis: Axes) -> Any:
 
 def _logsumexp_bwd(axis: Axes, residuals: Any, cotangents: Any) -> tuple[Array]:
     x, sums = residuals
-    # Not a probability of 16 bits: the product is rounded once.
-    return ((widen(cotangents[0]) * _softmax(widen(x), None, sums, axis)).astype(x.dtype),)
+    # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in softmax, to be widened again.
+    p = _softmax(widen(lax.optimization_barrier(x)), None, sums, axis)
+    return ((widen(cotangents[0]) * p).astype(x.dtype),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)

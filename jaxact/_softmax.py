@@ -21,9 +21,11 @@ from jaxact._exponentials import (
     finite,
     if_dominated,
     maximum,
+    over_total,
     row_sums,
-    smallest_total,
+    scale,
     times_jacobian,
+    total,
     widen,
 )
 from jaxact._forward_mode import forward_mode
@@ -84,17 +86,16 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes) -> Array:
     if all(x.shape[a] == 1 for a in axis):
         # One class takes everything, exactly: e·(1/e), as XLA divides, can round to less than 1.
         return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
-    wide, count = widen(x), class_count(x, axis)
     if sums is None:
-        e = exponentials(wide, finite(maximum(wide, axis)), t, count)
-        total = jnp.sum(e, axis, keepdims=True)
+        peak = finite(widen(maximum(x, axis)))
+        e = exponentials(widen(x), peak, t)
+        sum_of_all = total(e, axis)
     else:
         # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
-        peak, total, _ = lax.optimization_barrier(sums)
+        peak, sum_of_all, _ = lax.optimization_barrier(sums)
         # XLA has more than one exponential on CPU: beside another one's sum, this one may be more than the whole.
-        e = jnp.minimum(exponentials(wide, peak, t, count), total)
-    # The maximum changes nothing unless no class is left and the sum is 0.
-    return (e / jnp.maximum(total, smallest_total(count))).astype(x.dtype)
+        e = jnp.minimum(exponentials(widen(x), peak, t), sum_of_all / scale(class_count(x, axis)))
+    return over_total(e, sum_of_all, peak, t).astype(x.dtype)
 
 
 def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes) -> Any:
@@ -169,11 +170,10 @@ def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, tempe
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, Sums]:
     """Log-softmax over the axes, and the sums it is made of, as constants."""
-    wide = widen(x)
     sums = row_sums(x, t, axis)
-    # Behind a barrier, as in softmax: XLA would otherwise write down the minimum that the sums have found already.
-    peak = lax.optimization_barrier(sums.peak)
-    d = jnp.minimum(wide, peak) - peak
+    # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide.
+    again, peak = lax.optimization_barrier((x, sums.peak))
+    d = jnp.minimum(widen(again), peak) - peak
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf.
     d = d * jnp.where(maximum(x, axis) == jnp.inf, peak, 1)
