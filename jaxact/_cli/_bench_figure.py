@@ -5,16 +5,15 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from jaxact._cli._bench_measure import Cell
 from jaxact._cli._bench_report import CHANGED, Outcome
-from jaxact._cli._converge_figure import BAND, INK, MUTED, SIGMOID, SOFTMAX
+from jaxact._cli._figures import BAND, BLUE, INK, MUTED, ORANGE, slide
 
-STYLES = {"float32": (SIGMOID, "o"), "bfloat16": (SOFTMAX, "D")}
+STYLES = {"float32": (BLUE, "o"), "bfloat16": (ORANGE, "D")}
 # From top to bottom in a function's row: what is not a place of its own would be hidden.
 LANES = [(dtype, what) for what in ("value+gradient", "value") for dtype in STYLES]
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50)
@@ -22,14 +21,9 @@ TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50)
 
 def draw(outcome: Outcome) -> Figure:
     """16:9, 1920 × 1080 pixels."""
-    figure = Figure(figsize=(16, 9), dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
     # Eager calls and small arrays would show dispatching; where nothing else was measured, they are what there is.
     cells = outcome.large or [c for c in outcome.cells if c.mode == "jit"]
-    title, detail = _message(outcome)
-    figure.text(0.04, 0.92, title, size=29, weight="bold", color=INK)
-    figure.text(0.04, 0.865, detail, size=21, color=INK)
-    figure.text(0.04, 0.025, _settings(outcome), size=13, color=MUTED, parse_math=False, linespacing=1.5)
+    figure = slide(*_message(outcome), _settings(outcome))
     axes = figure.add_axes((0.225, 0.155, 0.76, 0.635))
     _rows(axes, cells)
     _scale(axes, cells)

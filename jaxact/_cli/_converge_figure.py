@@ -1,33 +1,37 @@
 """The figure of `converge`: the losses, the gap between them, and the two decision functions, on one slide."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxact._cli._converge_report import OURS, PEER, Outcome, same_bits
+from jaxact._cli._figures import (
+    BAND,
+    BLACK,
+    BLUE,
+    DOTS,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PALE,
+    finish,
+    heading,
+    log_steps,
+    point_out,
+    slide,
+)
 from jaxact.classifiers import Twins
 
-# From Okabe and Ito's palette, for the colour-blind. What is drawn on top is the darker or the broken of the two, so
-# that it is told apart without colour too.
-SIGMOID, SOFTMAX = "#0072B2", "#D55E00"
-COLOURS = {PEER: "#009E73", OURS: "#000000"}
-INK, MUTED, BAND = "#222222", "#666666", "#EFEFEF"
-PALE: dict[str, Any] = {"color": SIGMOID, "alpha": 0.35, "linewidth": 9, "solid_capstyle": "butt"}
-DOTS: dict[str, Any] = {"linestyle": "none", "marker": "o", "markeredgewidth": 0, "rasterized": True}
+SIGMOID, SOFTMAX = BLUE, ORANGE
+COLOURS = {PEER: GREEN, OURS: BLACK}
 
 
 def draw(outcome: Outcome) -> Figure:
     """16:9, 1920 × 1080 pixels."""
-    figure = Figure(figsize=(16, 9), dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
     title, _, detail = f"Sigmoid and two-class softmax are {outcome.verdict}".partition(": ")
-    figure.text(0.04, 0.92, title, size=29, weight="bold", color=INK)
-    figure.text(0.04, 0.865, detail[:1].upper() + detail[1:], size=21, color=INK)
-    figure.text(0.04, 0.03, _settings(outcome), size=13, color=MUTED, parse_math=False, linespacing=1.5)
+    figure = slide(title, detail[:1].upper() + detail[1:], _settings(outcome))
     panels = figure.subplots(
         1, 3, width_ratios=(1, 1.1, 1.1), gridspec_kw={"left": 0.075, "right": 0.985, "bottom": 0.18, "top": 0.755}
     )
@@ -36,11 +40,7 @@ def draw(outcome: Outcome) -> Figure:
     _gaps(panels[1], outcome)
     _decisions(panels[2], outcome)
     for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(MUTED)
-        axes.tick_params(which="both", labelsize=14, color=MUTED, labelcolor=INK)
-        for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set(size=15, color=INK)
+        finish(axes)
     return figure
 
 
@@ -55,8 +55,8 @@ def _settings(outcome: Outcome) -> str:
 
 
 def _losses(axes: Axes, twins: Twins) -> None:
-    _heading(axes, "Loss, trained with jaxact")
-    _log_steps(axes, len(twins.sigmoid.loss))
+    heading(axes, "Loss, trained with jaxact")
+    log_steps(axes, len(twins.sigmoid.loss))
     axes.margins(y=0.12)  # room for the labels
     steps = np.arange(1, len(twins.sigmoid.loss) + 1)
     axes.plot(steps, twins.sigmoid.loss, **PALE)
@@ -68,20 +68,20 @@ def _losses(axes: Axes, twins: Twins) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     early, late = (int(len(steps) ** power) - 1 for power in (0.15, 0.5))
-    _label(axes, "sigmoid", SIGMOID, (steps[early], twins.sigmoid.loss[early]), (45, 22))
-    _label(axes, "softmax", SOFTMAX, (steps[late], twins.softmax.loss[late]), (-40, -34))
+    point_out(axes, "sigmoid", SIGMOID, (steps[early], twins.sigmoid.loss[early]), (45, 22))
+    point_out(axes, "softmax", SOFTMAX, (steps[late], twins.softmax.loss[late]), (-40, -34))
 
 
 def _gaps(axes: Axes, outcome: Outcome) -> None:
     """Drawn in log₁₀ on a linear axis, so that zeros have a place of their own below the smallest power of ten."""
-    _heading(axes, "Relative gap between the losses")
+    heading(axes, "Relative gap between the losses")
     with np.errstate(all="ignore"):
         logs = {name: np.log10(outcome.twins[name].relative_gap) for name in COLOURS}
     finite = np.concatenate([log[np.isfinite(log)] for log in logs.values()])
     low, high = (np.floor(finite.min()), finite.max()) if finite.size else (-8.0, -6.0)
     high = max(high, low + 2)
     band = 0.45 * (high - low)
-    _log_steps(axes, outcome.settings.steps)
+    log_steps(axes, outcome.settings.steps)
     axes.axhspan(low - band, low, color=BAND, linewidth=0)
     axes.text(1, low - 0.06 * band, "exactly 0: the same bits", size=13, color=MUTED, va="top")
     for (name, log), size, level in zip(logs.items(), (5, 2), (0.88, 0.5), strict=True):
@@ -99,7 +99,7 @@ def _gaps(axes: Axes, outcome: Outcome) -> None:
 
 def _decisions(axes: Axes, outcome: Outcome) -> None:
     """Where the probability varies; how many examples lie beyond is said at the edges."""
-    _heading(axes, "The two decision functions")
+    heading(axes, "The two decision functions")
     data, decision = outcome.data, outcome.decision
     z = decision.logit
     reach = min(10.0, 1.1 * float(np.max(np.abs(z), where=np.isfinite(z), initial=0.1)))
@@ -114,8 +114,8 @@ def _decisions(axes: Axes, outcome: Outcome) -> None:
     axes.set(xlim=(-reach, reach), ylim=(-0.28, 1.28))
     axes.set(xlabel="decision value z of the sigmoid model", ylabel="probability of class 1")
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
-    _label(axes, "sigmoid\nσ(z)", SIGMOID, (0.12 * reach, 1 / (1 + np.exp(-0.12 * reach))), (30, -22))
-    _label(axes, "softmax\nof (z₀, z₁)", SOFTMAX, (-0.12 * reach, 1 / (1 + np.exp(0.12 * reach))), (-30, 22))
+    point_out(axes, "sigmoid\nσ(z)", SIGMOID, (0.12 * reach, 1 / (1 + np.exp(-0.12 * reach))), (30, -22))
+    point_out(axes, "softmax\nof (z₀, z₁)", SOFTMAX, (-0.12 * reach, 1 / (1 + np.exp(0.12 * reach))), (-30, 22))
     for side, align in ((-1, "left"), (1, "right")):
         beyond = int((side * z > reach).sum())
         if beyond:
@@ -125,29 +125,3 @@ def _decisions(axes: Axes, outcome: Outcome) -> None:
 
 def _shortened(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _heading(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", size=17, weight="bold", color=INK, pad=14)
-
-
-def _log_steps(axes: Axes, steps: int) -> None:
-    axes.set(xscale="log", xlabel="step", xlim=(0.8, 1.3 * max(steps, 8)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:.0f}"))
-
-
-def _label(axes: Axes, text: str, colour: str, point: tuple[Any, Any], offset: tuple[int, int]) -> None:
-    if not np.isfinite(point).all():
-        return  # a diverged training
-    axes.annotate(
-        text,
-        point,
-        offset,
-        textcoords="offset points",
-        size=16,
-        weight="bold",
-        color=colour,
-        ha="left" if offset[0] > 0 else "right",
-        va="center",
-        arrowprops={"arrowstyle": "-", "color": colour, "shrinkA": 1, "shrinkB": 5},
-    )

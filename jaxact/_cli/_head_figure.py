@@ -5,37 +5,26 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from jaxact._chunks import CHUNK_BYTES
-from jaxact._cli._converge_figure import INK, MUTED, PALE, SIGMOID, SOFTMAX, _heading, _label, _log_steps
+from jaxact._cli._figures import BLUE, INK, ORANGE, PALE, finish, heading, log_steps, point_out, slide
 from jaxact._cli._head_model import DENSE, FUSED, Outcome, ratio
 
-BLUE, ORANGE = SIGMOID, SOFTMAX
 DASHED: dict[str, Any] = {"color": ORANGE, "linewidth": 2.2, "linestyle": (0, (4, 2.5))}
 NAMES = {DENSE: "dense head", FUSED: "linear_cross_entropy"}
 
 
 def draw(outcome: Outcome) -> Figure:
     """16:9, 1920 × 1080 pixels."""
-    figure = Figure(figsize=(16, 9), dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
-    title, detail = _message(outcome)
-    figure.text(0.04, 0.92, title, size=29, weight="bold", color=INK)
-    figure.text(0.04, 0.865, detail, size=21, color=INK)
-    figure.text(0.04, 0.03, _settings(outcome), size=13, color=MUTED, linespacing=1.5)
+    figure = slide(*_message(outcome), _settings(outcome))
     layout = {"left": 0.075, "right": 0.985, "bottom": 0.185, "top": 0.755, "wspace": 0.24}
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15), gridspec_kw=layout)
     _losses(left, outcome)
     _memory(right, outcome)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(MUTED)
-        axes.tick_params(which="both", labelsize=14, color=MUTED, labelcolor=INK)
-        for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set(size=15, color=INK)
+        finish(axes)
     return figure
 
 
@@ -66,21 +55,21 @@ def _settings(outcome: Outcome) -> str:
 
 
 def _losses(axes: Axes, outcome: Outcome) -> None:
-    _heading(axes, f"Two trainings, one loss curve ({outcome.settings.vocab[0]:,} classes)")
+    heading(axes, f"Two trainings, one loss curve ({outcome.settings.vocab[0]:,} classes)")
     dense, fused = outcome.losses[DENSE], outcome.losses[FUSED]
-    _log_steps(axes, len(dense))
+    log_steps(axes, len(dense))
     axes.margins(y=0.12)  # room for the labels
     steps = np.arange(1, len(dense) + 1)
     axes.plot(steps, dense, **PALE)
     axes.plot(steps, fused, **DASHED)
     axes.set_ylabel("mean cross-entropy (nats per word)")
     early, late = (int(len(steps) ** power) - 1 for power in (0.37, 0.72))
-    _label(axes, NAMES[FUSED], ORANGE, (steps[early], fused[early]), (40, 26))
-    _label(axes, NAMES[DENSE], BLUE, (steps[late], dense[late]), (-50, -45))
+    point_out(axes, NAMES[FUSED], ORANGE, (steps[early], fused[early]), (40, 26))
+    point_out(axes, NAMES[DENSE], BLUE, (steps[late], dense[late]), (-50, -45))
 
 
 def _memory(axes: Axes, outcome: Outcome) -> None:
-    _heading(axes, "Memory of a training step: a chunk of logits, not all")
+    heading(axes, "Memory of a training step: a chunk of logits, not all")
     sizes = np.array(list(outcome.costs))
     memory = {name: np.array([c[name].memory or np.nan for c in outcome.costs.values()]) / 2**20 for name in NAMES}
     dense, fused = memory.values()
@@ -99,9 +88,9 @@ def _memory(axes: Axes, outcome: Outcome) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     middle, chunk = len(sizes) // 2, _bytes(CHUNK_BYTES)
     whole = f"{NAMES[DENSE]}\n{outcome.settings.batch:,} × V logits at once"
-    _label(axes, whole, BLUE, (sizes[middle], dense[middle]), (-40, 40))
+    point_out(axes, whole, BLUE, (sizes[middle], dense[middle]), (-40, 40))
     part = f"{NAMES[FUSED]}\n{chunk} of logits at a time"
-    _label(axes, part, ORANGE, (sizes[max(middle - 1, 0)], fused[max(middle - 1, 0)]), (35, -60))
+    point_out(axes, part, ORANGE, (sizes[max(middle - 1, 0)], fused[max(middle - 1, 0)]), (35, -60))
     if ratio(outcome.costs[int(sizes[-1])]) > 1.1:
         arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 8, "shrinkB": 8}
         axes.annotate("", (sizes[-1], fused[-1]), (sizes[-1], dense[-1]), arrowprops=arrow)

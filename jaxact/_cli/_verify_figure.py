@@ -5,16 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from jaxact._cli._converge_figure import COLOURS, DOTS, INK, MUTED, OURS, PEER
+from jaxact._cli._figures import BLACK, DOTS, GREEN, INK, MUTED, finish, slide
 from jaxact._cli._verify_subjects import SUBJECTS, Function, rounded
 
 POINTS, BINS = 6000, 60
 FLOOR = 0.01  # ulp: what is less is drawn here
-BLACK, GREEN = COLOURS[OURS], COLOURS[PEER]
 
 
 class Errors(NamedTuple):
@@ -29,24 +27,20 @@ def draw() -> Figure:
     """16:9, 1920 × 1080 pixels."""
     names = [name for name, subject in SUBJECTS.items() if subject.elementwise]
     errors = [[_errors(name, derivative) for name in names] for derivative in (False, True)]
-    figure = Figure(figsize=(16, 9), dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
     every = [
         (name, kind, e) for kind, row in zip(("", "′"), errors, strict=True) for name, e in zip(names, row, strict=True)
     ]
     name, kind, worst = max(every, key=lambda entry: np.nanmax(entry[2].theirs))
     ours = max(np.nanmax(e.ours) for _, _, e in every)
     title = f"Errors of up to {_short(ours)} ulp with jaxact, of {_short(np.nanmax(worst.theirs))} with jax.nn"
-    figure.text(0.04, 0.92, title, size=29, weight="bold", color=INK)
     at = worst.x[np.nanargmax(worst.theirs)]
     detail = f"Worst: {name}{kind} of jax.nn, at {at:.3g}. From 2²³ ulp on, 8.4 million, no bit of a float32 is right"
-    figure.text(0.04, 0.865, detail, size=21, color=INK)
     note = (
         f"float32, {jax.default_backend()}, jax {jax.__version__}; {POINTS} inputs, compared with float64. "
         "Dots: errors, drawn at 0.01 if less; lines and numbers: the largest.\n"
         "1 ulp: the spacing of float32 at the exact result, where that is a normal number. logit: jax.scipy.special."
     )
-    figure.text(0.04, 0.03, note, size=13, color=MUTED, linespacing=1.5)
+    figure = slide(title, detail, note)
     panels = figure.subplots(
         2, len(names), sharey=True, gridspec_kw={"left": 0.075, "right": 0.985, "bottom": 0.165, "top": 0.745}
     )
@@ -102,15 +96,13 @@ def _panel(axes: Axes, found: Errors) -> None:
     axes.yaxis.set_major_locator(FixedLocator([1e-2, 1, 1e2, 1e4, 1e6]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator([-50, 0, 50] if x[-1] > 1 else [0.25, 0.5, 0.75]))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(labelsize=14, color=MUTED, labelcolor=INK)
+    finish(axes)
 
 
 def _heading(axes: Axes, name: str, found: Errors) -> None:
     """The name, and the largest error of either, which is what the panel is about."""
     axes.text(0, 1.17, name, transform=axes.transAxes, size=17, weight="bold", color=INK)
-    for at, who, error, colour in ((0, OURS, found.ours, BLACK), (0.45, "jax.nn", found.theirs, GREEN)):
+    for at, who, error, colour in ((0, "jaxact", found.ours, BLACK), (0.45, "jax.nn", found.theirs, GREEN)):
         text = f"{who} {_short(np.nanmax(error))}"
         axes.text(at, 1.04, text, transform=axes.transAxes, size=14, weight="bold", color=colour)
 
