@@ -275,7 +275,7 @@ class Session:
         if not self.oracle.autodiff or self.oracle.name.startswith("reference in NumPy"):
             why = "of a second derivative there is no oracle where autodiff of what f computes is wrong"
             self.checks.append(Check(name, INCONCLUSIVE, why))
-            self.reasons.append(f"{why}; give a reference in JAX")
+            self.reasons.append(f"{why}; give derivative=, or reference=, in JAX")
             return
         shapes, size = (
             (self.problem.out_shapes, self.problem.m) if mode == "reverse" else (self.problem.in_shapes, self.problem.n)
