@@ -1,6 +1,7 @@
 """softmax and log_softmax against float64 and mpmath: values, every derivative, the policies, and the errors."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -98,6 +99,21 @@ def test_softmax_within_6_ulp_at_logit_scale_30(classes: int, offset: float) -> 
 def test_softmax_of_hard_rows(row: list[float], padding: int) -> None:
     x = np.array(row + [-1e4] * padding, np.float32)  # the padding has probability 0 and must not cost accuracy
     assert ulps(jaxact.softmax(x), exact_value("softmax", x)) <= 6
+
+
+@pytest.mark.parametrize(("dtype", "room"), [("float32", 86), ("float64", 707)])
+@pytest.mark.parametrize("count", [8, 2**15])
+def test_many_classes_at_a_large_maximum(count: int, dtype: str, room: int, x64: None) -> None:
+    # Each exponential is up to e^room: 2^15 of them overflow, and 1 over the sum of 8 is not a normal number.
+    tops = np.array([room - 0.5, room, room + 1.5, room + 20, 1e4])
+    x = np.full((len(tops), 2**15), -INF, dtype)
+    x[:, :count] = tops[:, None]
+    y = np.asarray(jaxact.softmax(x))
+    assert ulps(y[:, :count], np.full((len(tops), count), 1 / count), dtype) <= 6  # documented
+    assert not y[:, count:].any()
+    bound = 2 * np.finfo(dtype).eps  # one rounding of the logarithm, one of the sum
+    np.testing.assert_allclose(jaxact.log_softmax(x)[:, :count], -math.log(count), rtol=bound)
+    np.testing.assert_allclose(jaxact.logsumexp(x, axis=1), tops + math.log(count), rtol=bound)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000])
