@@ -181,12 +181,15 @@ def counts(labels: Array, ignore_index: int) -> Array:
 
 def elsewhere(z: Array, y: Array) -> Array:
     """0 at the label, 1 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
+    return jnp.minimum(jnp.abs(_distance(z, y)), 1).astype(compute_dtype(z.dtype))
+
+
+def _distance(z: Array, y: Array) -> Array:
+    """From the label, in places."""
     # Beyond 2²⁴ not every whole number is a float32.
-    result = compute_dtype(z.dtype)
-    dtype = result if z.shape[-1] <= 2**24 else jnp.int32
+    dtype = compute_dtype(z.dtype) if z.shape[-1] <= 2**24 else jnp.int32
     # One row of places: JAX moves out of a loop what is the same in every step, and then keeps it.
-    distance = jnp.arange(z.shape[-1], dtype=dtype) - y[..., None].astype(dtype)
-    return jnp.minimum(jnp.abs(distance), 1).astype(result)
+    return jnp.arange(z.shape[-1], dtype=dtype) - y[..., None].astype(dtype)
 
 
 def at_label(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
@@ -297,6 +300,8 @@ def _label_losses_fwd(
 
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, sums = residuals
+    # Behind a barrier, XLA widens the logits again and masks the label again, and keeps neither from the sums.
+    x, y = lax.optimization_barrier((x, y))
     if live is not None and adjust != Adjustment(None, None):
         x = jnp.where(live[..., None], x, 0)  # 0 times nan, otherwise, in the derivatives of the adjustment
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
@@ -330,7 +335,7 @@ def logit_cotangent(
         g_each = g_uniform / count
         g_lse = g_lse + g_each * heavy
     p = _probabilities(classes, z, sums)
-    here = elsewhere(z, y) == 0
+    here = _distance(z, y) == 0
     z_bar = jnp.where(here, g_lse * jnp.exp(-nll) - g_nll * _complement(nll), (g_nll + g_lse) * p)
     weights_bar = None
     if weights is not None:
