@@ -300,8 +300,8 @@ def _label_losses_fwd(
 
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, sums = residuals
-    # Behind a barrier, XLA widens the logits again and masks the label again, and keeps neither from the sums.
-    x, y = lax.optimization_barrier((x, y))
+    # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed.
+    x = lax.optimization_barrier(x)
     if live is not None and adjust != Adjustment(None, None):
         x = jnp.where(live[..., None], x, 0)  # 0 times nan, otherwise, in the derivatives of the adjustment
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
@@ -335,7 +335,8 @@ def logit_cotangent(
         g_each = g_uniform / count
         g_lse = g_lse + g_each * heavy
     p = _probabilities(classes, z, sums)
-    here = _distance(z, y) == 0
+    # Nor is it to keep the distances.
+    here = _distance(z, lax.optimization_barrier(y)) == 0
     z_bar = jnp.where(here, g_lse * jnp.exp(-nll) - g_nll * _complement(nll), (g_nll + g_lse) * p)
     weights_bar = None
     if weights is not None:
