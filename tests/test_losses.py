@@ -231,11 +231,20 @@ def test_rows_that_do_not_count_and_weights_of_0() -> None:
         assert jnp.isnan(value).tolist() == jnp.isnan(gradient).tolist() == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize("kind", ["integer", "binary", "focal"])
+@KINDS
 def test_reverse_mode_keeps_logits_and_labels(kind: str) -> None:
     x, hot, y = jnp.ones((8, 7)), jnp.ones((8, 7)), jnp.arange(8) % 7
-    loss: dict[str, Any] = {"binary": binary_loss, "focal": focal_loss}
+    loss: dict[str, Any] = {"one-hot": dense_loss, "binary": binary_loss, "focal": focal_loss}
     saved: Any = saved_residuals(lambda x: integer_loss(x, y) if kind == "integer" else loss[kind](x, hot), x)
     kept = [aval.size for aval, _ in saved]
     assert kept.count(56) == 1 + (kind != "integer")
     assert set(kept) <= {56, 8, 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dense_loss_keeps_16_bits_of_16(dtype: str) -> None:
+    x, q = jnp.ones((8, 256), dtype), jnp.ones((8, 256), dtype)
+    # Beside them three numbers for each row, in float32.
+    assert verify.residuals(dense_loss, x, q).facts["bytes"] <= 2 * x.nbytes + 3 * 4 * 8
+    # The log-probabilities are found anew.
+    assert verify.residuals(lambda q: dense_loss(x, q), q).facts["bytes"] <= x.nbytes + 3 * 4 * 8
