@@ -205,6 +205,22 @@ def test_special_rows_stay_alone() -> None:
     assert masked.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_special_rows_change_no_other_of_many(dtype: str) -> None:
+    # More than 64 numbers: on CPU ordinary rows then have a sum of their own, which these must not enter.
+    special = [row for row, *_ in SPECIAL if dtype == "float32" or LARGEST not in np.abs(row)]
+    x = jnp.asarray(special + np.random.default_rng(0).normal(size=(100, 3)).tolist(), dtype)
+    for q in (jnp.eye(3, dtype=dtype)[1], jnp.array([0.25, 0.0, 0.75], dtype)):
+        run = jax.value_and_grad(lambda x, q=q: (lambda loss: (loss.sum(), loss))(dense_loss(x, q)), has_aux=True)
+        (_, value), gradient = run(x)
+        (_, alone), slope = jax.vmap(run)(x)  # of which each takes the general sum
+        np.testing.assert_allclose(np.asarray(value), np.asarray(alone), rtol=4 * U)
+        rounded = {"rtol": 16 * UNIT[dtype], "atol": 4 * UNIT[dtype]}
+        np.testing.assert_allclose(np.float32(gradient), np.float32(slope), **rounded)
+        (_, ordinary), _ = run(x[len(special) :])
+        np.testing.assert_allclose(np.asarray(value[len(special) :]), np.asarray(ordinary), rtol=4 * U)
+
+
 def test_shapes_and_labels_of_every_dtype() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 300)), jnp.float32)
     want = integer_loss(x, jnp.array([100, 7]))
