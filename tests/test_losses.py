@@ -215,8 +215,8 @@ def test_special_rows_change_no_other_of_many(dtype: str) -> None:
         (_, value), gradient = run(x)
         (_, alone), slope = jax.vmap(run)(x)  # of which each takes the general sum
         np.testing.assert_allclose(np.asarray(value), np.asarray(alone), rtol=4 * U)
-        rounded = {"rtol": 16 * UNIT[dtype], "atol": 4 * UNIT[dtype]}
-        np.testing.assert_allclose(np.float32(gradient), np.float32(slope), **rounded)
+        u = UNIT[dtype]
+        np.testing.assert_allclose(np.float32(gradient), np.float32(slope), rtol=16 * u, atol=4 * u)
         (_, ordinary), _ = run(x[len(special) :])
         np.testing.assert_allclose(np.asarray(value[len(special) :]), np.asarray(ordinary), rtol=4 * U)
 
@@ -255,6 +255,14 @@ def test_reverse_mode_keeps_logits_and_labels(kind: str) -> None:
     kept = [aval.size for aval, _ in saved]
     assert kept.count(56) == 1 + (kind != "integer")
     assert set(kept) <= {56, 8, 1}
+
+
+def test_dtypes_of_the_dense_loss_are_those_of_its_logits(x64: None) -> None:
+    for logits, of_loss in (("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")):
+        for labels in ("float64", "float32", "float16"):
+            x, q = jnp.zeros((100, 2), logits), jnp.full((100, 2), 0.5, labels)
+            loss, gradients = jax.value_and_grad(lambda x, q: dense_loss(x, q).sum(), (0, 1))(x, q)
+            assert [loss.dtype, *(g.dtype for g in gradients)] == [of_loss, logits, labels]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -270,14 +270,14 @@ def _soft_losses(x: Array, q: Array) -> tuple[Array, Sums]:
     # `exponentials`, keeps m − x from being contracted with what the logits are made of.
     def quick(x: Array, q: Array, sums: Sums) -> Array:
         nll = (sums.peak - jnp.minimum(widen(x), sums.peak)) + jnp.log1p(sums.others)
-        return jnp.sum(widen(q) * nll, -1)
+        return jnp.sum(q.astype(nll.dtype) * nll, -1)
 
     def exact(x: Array, q: Array, sums: Sums, loss: Array) -> Array:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
         # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA.
         nll = _distance(x, sums.peak) + jnp.log1p(sums.others)
         factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -largest)
-        loss = jnp.sum(widen(q) * jnp.minimum(nll, 1 / tiny) * factor, -1)
+        loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
         return jnp.where(sums.total[..., 0] == 0, 0, loss)
 
     # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
@@ -306,7 +306,7 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
         # That of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
         largest = float(jnp.finfo(sums.peak.dtype).max)
         possible = jnp.minimum(largest - jnp.minimum(_distance(x, sums.peak), largest), 1)
-        return -g * (widen(q) * possible)
+        return -g * (q.astype(g.dtype) * possible)
 
     log_p = _log_softmax(widen(x), None, (x.ndim - 1,))[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
