@@ -162,6 +162,16 @@ def vary(a: Array, axes: frozenset[Any]) -> Array:
     return lax.pcast(a, missing, to="varying") if missing else a
 
 
+def alike(a: Array, b: Array) -> tuple[Array, Array]:
+    """Both divided over the same axes of a mesh, since a rule returns cotangents that are divided as its arguments."""
+    axes = varying(a) | varying(b)
+    a, b = vary(a, axes), vary(b, axes)
+    if jax.typeof(a).sharding == jax.typeof(b).sharding:
+        return a, b
+    both = jax.typeof(jnp.logical_and(a, b)).sharding
+    return jax.sharding.reshard(a, both), jax.sharding.reshard(b, both)
+
+
 def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
     """The place of each label among this shard's classes, outside of them if on another; and which labels exist."""
     first: Any = 0 if axis_name is None else lax.axis_index(axis_name) * classes

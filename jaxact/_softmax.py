@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,31 +189,13 @@ def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
 def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
     g = cotangents[0]
-    result = x.dtype if t is None else widen(x).dtype
 
-    # The Jacobian is I − 1 pᵀ. It is a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ
-    # lost to rounding at the largest probability is Σ v, and the second time takes it off.
-    def once(p: Array, g: Array, x: Array) -> Array:
+    def of_possible(x: Array, sums: Sums, g: Array) -> Array:
         # A result of −inf is constant. The factor is 0 where x is −inf and 1 elsewhere.
         largest = float(jnp.finfo(x.dtype).max)
-        g = g * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
-        return g - p * jnp.sum(g, axis, keepdims=True)
+        return widen(g) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def quick(g: Array, x: Array, t: Array | None, sums: Sums) -> Array:
-        x = widen(x)
-        return once(_softmax(x, t, sums, axis), widen(g), x).astype(result)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def exact(g: Array, x: Array, t: Array | None, sums: Sums) -> Array:
-        x = widen(x)
-        # Summed anew: XLA has more than one exponential function on CPU, and p must sum to 1 to the last bit.
-        p = certain(_softmax(x, t, None, axis))
-        # The barrier keeps XLA from computing v twice, with a contraction here and without it there.
-        v = lax.optimization_barrier(once(p, widen(g), x))
-        return (v - p * jnp.where(sums.others >= 1, 0, jnp.sum(v, axis, keepdims=True))).astype(result)
-
-    v = if_dominated(sums.others, exact, quick, g, x, t, sums)
+    v = without_mean(of_possible, x, t, sums, axis, g)
     if t is None:
         return v, None
     log_p = _log_softmax(widen(x), t, axis)[0]
@@ -222,3 +205,35 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+
+
+def without_mean(
+    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: Sums, axis: Axes, *operands: Array
+) -> Array:
+    """ȳ − p Σ ȳ, with ȳ = `cotangent(x, sums, *operands)` for wide logits x; in the dtype of x if t is None.
+
+    What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
+    """
+    result = x.dtype if t is None else widen(x).dtype
+
+    # The Jacobian is I − 1 pᵀ. It is a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ
+    # lost to rounding at the largest probability is Σ v, and the second time takes it off.
+    def once(p: Array, x: Array, sums: Sums, operands: Any) -> Array:
+        g = cotangent(x, sums, *operands)
+        return g - p * jnp.sum(g, axis, keepdims=True)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def quick(x: Array, t: Array | None, sums: Sums, *operands: Array) -> Array:
+        x = widen(x)
+        return once(_softmax(x, t, sums, axis), x, sums, operands).astype(result)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def exact(x: Array, t: Array | None, sums: Sums, *operands: Array) -> Array:
+        x = widen(x)
+        # Summed anew: XLA has more than one exponential function on CPU, and p must sum to 1 to the last bit.
+        p = certain(_softmax(x, t, None, axis))
+        # The barrier keeps XLA from computing v twice, with a contraction here and without it there.
+        v = lax.optimization_barrier(once(p, x, sums, operands))
+        return (v - p * jnp.where(sums.others >= 1, 0, jnp.sum(v, axis, keepdims=True))).astype(result)
+
+    return if_dominated(sums.others, exact, quick, x, t, sums, *operands)

@@ -205,6 +205,22 @@ def test_special_rows_stay_alone() -> None:
     assert masked.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_special_rows_change_no_other_of_many(dtype: str) -> None:
+    # More than 64 numbers: on CPU ordinary rows then have a sum of their own, which these must not enter.
+    special = [row for row, *_ in SPECIAL if dtype == "float32" or LARGEST not in np.abs(row)]
+    x = jnp.asarray(special + np.random.default_rng(0).normal(size=(100, 3)).tolist(), dtype)
+    for q in (jnp.eye(3, dtype=dtype)[1], jnp.array([0.25, 0.0, 0.75], dtype)):
+        run = jax.value_and_grad(lambda x, q=q: (lambda loss: (loss.sum(), loss))(dense_loss(x, q)), has_aux=True)
+        (_, value), gradient = run(x)
+        (_, alone), slope = jax.vmap(run)(x)  # of which each takes the general sum
+        np.testing.assert_allclose(np.asarray(value), np.asarray(alone), rtol=4 * U)
+        u = UNIT[dtype]
+        np.testing.assert_allclose(np.float32(gradient), np.float32(slope), rtol=16 * u, atol=4 * u)
+        (_, ordinary), _ = run(x[len(special) :])
+        np.testing.assert_allclose(np.asarray(value[len(special) :]), np.asarray(ordinary), rtol=4 * U)
+
+
 def test_shapes_and_labels_of_every_dtype() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 300)), jnp.float32)
     want = integer_loss(x, jnp.array([100, 7]))
@@ -231,11 +247,28 @@ def test_rows_that_do_not_count_and_weights_of_0() -> None:
         assert jnp.isnan(value).tolist() == jnp.isnan(gradient).tolist() == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize("kind", ["integer", "binary", "focal"])
+@KINDS
 def test_reverse_mode_keeps_logits_and_labels(kind: str) -> None:
     x, hot, y = jnp.ones((8, 7)), jnp.ones((8, 7)), jnp.arange(8) % 7
-    loss: dict[str, Any] = {"binary": binary_loss, "focal": focal_loss}
+    loss: dict[str, Any] = {"one-hot": dense_loss, "binary": binary_loss, "focal": focal_loss}
     saved: Any = saved_residuals(lambda x: integer_loss(x, y) if kind == "integer" else loss[kind](x, hot), x)
     kept = [aval.size for aval, _ in saved]
     assert kept.count(56) == 1 + (kind != "integer")
     assert set(kept) <= {56, 8, 1}
+
+
+def test_dtypes_of_the_dense_loss_are_those_of_its_logits(x64: None) -> None:
+    for logits, of_loss in (("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")):
+        for labels in ("float64", "float32", "float16"):
+            x, q = jnp.zeros((100, 2), logits), jnp.full((100, 2), 0.5, labels)
+            loss, gradients = jax.value_and_grad(lambda x, q: dense_loss(x, q).sum(), (0, 1))(x, q)
+            assert [loss.dtype, *(g.dtype for g in gradients)] == [of_loss, logits, labels]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dense_loss_keeps_16_bits_of_16(dtype: str) -> None:
+    x, q = jnp.ones((8, 256), dtype), jnp.ones((8, 256), dtype)
+    # Beside them three numbers for each row, in float32.
+    assert verify.residuals(dense_loss, x, q).facts["bytes"] <= 2 * x.nbytes + 3 * 4 * 8
+    # The log-probabilities are found anew.
+    assert verify.residuals(lambda q: dense_loss(x, q), q).facts["bytes"] <= x.nbytes + 3 * 4 * 8

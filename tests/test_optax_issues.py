@@ -150,6 +150,46 @@ def test_integer_loss_on_eight_devices() -> None:
         agree(jax.jit(functools.partial(run, byhand))(x, v, y, where, weights), run(full, x, v, y, where, weights))
         print("agreed")
     """
+    on_eight_devices(program)
+
+
+def test_dense_loss_on_eight_devices_with_labels_divided_otherwise() -> None:
+    program = """
+        import itertools, jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from jaxact.losses import softmax_cross_entropy as loss
+        rng = np.random.default_rng(0)
+        x, q = np.float32(rng.normal(size=(8, 16)) * 5), np.float32(rng.dirichlet(np.ones(16), 8))
+
+        def run(x, q):
+            pushed = jax.jvp(loss, (x, q), (x, q))[1]
+            return loss(x, q), pushed, *jax.grad(lambda x, q: loss(x, q).sum(), (0, 1))(x, q)
+
+        def agree(got, want):
+            # As of the integer loss.
+            for g, w in zip(got, want, strict=True):
+                np.testing.assert_allclose(np.asarray(g), w, rtol=32 * 2**-24, atol=64 * 2**-24)
+
+        want = run(x, q)
+        mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Explicit,) * 2)
+        with jax.set_mesh(mesh):
+            for logits, labels in itertools.product((P("rows"), P("rows", "classes"), P()), repeat=2):
+                put = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, logits), (q, labels))]
+                agree(jax.jit(run)(*put), want)
+
+        def of_shard(x, row):
+            # Labels that are the same on all devices.
+            return loss(x, row), jax.grad(lambda x: loss(x, row).sum())(x)
+
+        mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+        byhand = jax.shard_map(of_shard, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"))
+        agree(jax.jit(byhand)(x, q[0]), of_shard(x, q[0]))
+        print("agreed")
+    """
+    on_eight_devices(program)
+
+
+def on_eight_devices(program: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env={

@@ -2,10 +2,11 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -21,17 +22,21 @@ from jaxact._canonical import (
     require_arrays,
 )
 from jaxact._cross_entropy import (
+    Adjustment,
     AxisName,
     Classes,
     Options,
+    alike,
     at_index,
     counts,
     label_index,
     label_losses,
     square_of,
 )
+from jaxact._exponentials import Sums, row_sums, unless_all, widen
+from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
-from jaxact._softmax import log_softmax
+from jaxact._softmax import _log_softmax, without_mean
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -201,10 +206,12 @@ def softmax_cross_entropy(
     Derivative:
         p Σ q − q with q the smoothed and weighted labels of the classes that are possible; of the labels, −w log p, and
         0 where a class is impossible, because its logit is −inf or another's +inf.
-        Reverse mode keeps `logits` in float32 and q, and log p where the labels are differentiated.
+        Reverse mode keeps `logits` and `labels` as they are, and three numbers for each example; with a mask or options
+        q instead of `labels`, and adjusted logits in float32.
 
     Numerics:
-        That of `jaxact.log_softmax`: never falsely 0. Held by `tests/test_losses.py`.
+        The distance of each logit from the maximum, and log1p of the sum over all classes but one at the maximum: never
+        falsely 0. Its error is that of `jaxact.log_softmax`. Held by `tests/test_losses.py`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -237,17 +244,73 @@ def _of_probabilities(
     q, _ = _rows(labels if live is not None else masked(labels, where, 0), None, axis)
     if live is not None:
         x, q = jnp.where(live[..., None], x, 0), jnp.where(live[..., None], q, 0)
-    z = options.adjustment(x)(x)
-    q, weights, exists = q.astype(z.dtype), options.weights(x.shape[-1], z.dtype), z != -jnp.inf
+    adjust, dtype = options.adjustment(x), compute_dtype(x.dtype)
+    # Logits of 16 bits that are not adjusted are kept as they are, unless two cotangents would be rounded apart.
+    z = x if adjust == Adjustment(None, None) and options.z_loss is None else adjust(x)
+    weights, exists = options.weights(x.shape[-1], dtype), z != -jnp.inf
     if options.label_smoothing is not None:
-        count = jnp.maximum(jnp.sum(exists, -1, keepdims=True, dtype=z.dtype), 1)
-        q = (1 - options.label_smoothing) * q + jnp.where(exists, options.label_smoothing / count, 0)
+        count = jnp.maximum(jnp.sum(exists, -1, keepdims=True, dtype=dtype), 1)
+        q = (1 - options.label_smoothing) * q.astype(dtype) + jnp.where(exists, options.label_smoothing / count, 0)
     if weights is not None:
-        q = q * weights
-    log_p = log_softmax(z)
-    impossible = log_p == -jnp.inf
-    hopeless = jnp.any((q != 0) & impossible, -1) & jnp.any(exists, -1)
-    loss = jnp.where(hopeless, jnp.inf, 0) - jnp.sum(q * jnp.where(impossible, 0, log_p), -1)
+        q = q.astype(dtype) * weights
+    loss, _ = _soft_losses(*alike(z, q))
     if options.z_loss is not None:
         loss = loss + options.z_loss * square_of(logsumexp(z, axis=-1))
     return _counted(loss, live)
+
+
+@forward_mode
+@jax.custom_vjp
+def _soft_losses(x: Array, q: Array) -> tuple[Array, Sums]:
+    """−Σ q log p of each row, and the sums it is made of, as constants."""
+    sums = row_sums(x, None, (x.ndim - 1,))
+    largest, tiny = (float(a) for a in (jnp.finfo(sums.peak.dtype).max, jnp.finfo(sums.peak.dtype).tiny))
+
+    # With m the maximum, −log p = (m − x) + log(1 + others), of two terms that are positive or 0. The minimum, as in
+    # `exponentials`, keeps m − x from being contracted with what the logits are made of.
+    def quick(x: Array, q: Array, sums: Sums) -> Array:
+        nll = (sums.peak - jnp.minimum(widen(x), sums.peak)) + jnp.log1p(sums.others)
+        return jnp.sum(q.astype(nll.dtype) * nll, -1)
+
+    def exact(x: Array, q: Array, sums: Sums, loss: Array) -> Array:
+        # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
+        # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA.
+        nll = _distance(x, sums.peak) + jnp.log1p(sums.others)
+        factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -largest)
+        loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
+        return jnp.where(sums.total[..., 0] == 0, 0, loss)
+
+    # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
+    loss = quick(*lax.optimization_barrier((x, q, sums)))
+    finite = jnp.isfinite(loss) & (sums.peak[..., 0] < largest)
+    return unless_all(finite, exact, lambda x, q, sums, loss: loss, x, q, sums, loss), sums
+
+
+def _distance(x: Array, peak: Array) -> Array:
+    """Of logits from the maximum: infinite at −inf, and beside +inf or the largest number."""
+    largest = float(jnp.finfo(peak.dtype).max)
+    # The difference is 0 or at least an ulp of the largest number, so the product is 0 or infinite.
+    return (peak - jnp.minimum(widen(x), peak)) * jnp.where(peak == largest, largest, 1)
+
+
+def _soft_losses_fwd(x: Array, q: Array) -> Any:
+    loss, sums = _soft_losses(x, q)
+    return (loss, sums), (x, q, sums)
+
+
+def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
+    x, q, sums = residuals
+    g = cotangents[0][..., None]
+
+    def of_log_p(x: Array, sums: Sums, g: Array, q: Array) -> Array:
+        # That of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
+        largest = float(jnp.finfo(sums.peak.dtype).max)
+        possible = jnp.minimum(largest - jnp.minimum(_distance(x, sums.peak), largest), 1)
+        return -g * (q.astype(g.dtype) * possible)
+
+    log_p = _log_softmax(widen(x), None, (x.ndim - 1,))[0]
+    q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
+    return without_mean(of_log_p, x, None, sums, (x.ndim - 1,), g, q).astype(x.dtype), q_bar.astype(q.dtype)
+
+
+_soft_losses.defvjp(_soft_losses_fwd, _soft_losses_bwd)
