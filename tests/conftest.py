@@ -4,7 +4,12 @@
 the tracer-leak check. `pytest --exhaustive` adds the tests that take long.
 """
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
@@ -34,3 +39,63 @@ def x64() -> Iterator[None]:
     """float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+# Runs programs one by one, each on a copy of the names that `common` leaves, which is run once; answers with what the
+# program printed, and the traceback if it raised.
+RUNNER = """
+import contextlib, io, json, sys, traceback
+commons, answers = {}, sys.stdout
+for line in sys.stdin:
+    common, program = json.loads(line)
+    printed, error = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stdout(printed):
+            if common not in commons:
+                names = {}
+                exec(common, names)
+                commons[common] = names
+            exec(program, dict(commons[common]))
+    except BaseException:
+        error = traceback.format_exc()
+    print(json.dumps([printed.getvalue(), error]), file=answers, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def on_eight_devices() -> Iterator[Callable[..., str]]:
+    """Runs a program on eight CPU devices, and before it what it has in common with others; returns what it printed.
+
+    The number of devices is that of a process, and each process must import JAX: so there is one for all tests.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUNNER],
+        env={
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": ":".join(sys.path),
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    to, answers = process.stdin, process.stdout
+    assert to is not None
+    assert answers is not None
+
+    def run(program: str, common: str = "") -> str:
+        late = threading.Timer(120, process.kill)  # devices that wait for each other wait for ever
+        late.start()
+        try:
+            print(json.dumps([textwrap.dedent(common), textwrap.dedent(program)]), file=to, flush=True)
+            answer = answers.readline()
+        finally:
+            late.cancel()
+        assert answer, "the process with eight devices has ended"
+        printed, error = json.loads(answer)
+        assert not error, error[-3000:]
+        return printed
+
+    with process:
+        yield run
+        process.kill()

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,32 +58,7 @@ COMMON = """
 """
 
 
-def start(program: str, devices: int = 8, first: str = "") -> Any:
-    return subprocess.Popen(
-        [sys.executable, "-c", "\n".join(textwrap.dedent(part) for part in (first, COMMON, program))],
-        env={
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": ":".join(sys.path),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def agrees(*processes: Any) -> None:
-    try:
-        for process in processes:
-            out, errors = process.communicate(timeout=120)
-            assert out.strip().endswith("agreed"), errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def test_meshes_with_automatic_axes() -> None:
+def test_meshes_with_automatic_axes(on_eight_devices: Callable[..., str]) -> None:
     program = """
         auto = mesh(AxisType.Auto)
         for r in REDUCTIONS:
@@ -93,10 +69,10 @@ def test_meshes_with_automatic_axes() -> None:
         agree(compiled(f, put(auto, ARRAYS, ("data", "model"), None))[0], WANT["mean"])
         print("agreed")
     """
-    agrees(start(program))
+    assert on_eight_devices(program, COMMON).strip() == "agreed"
 
 
-def test_meshes_with_explicit_axes() -> None:
+def test_meshes_with_explicit_axes(on_eight_devices: Callable[..., str]) -> None:
     program = """
         explicit = mesh(AxisType.Explicit)
         with jax.set_mesh(explicit):
@@ -122,11 +98,11 @@ def test_meshes_with_explicit_axes() -> None:
                 agree(compiled(pushed, args)[0], jax.jit(pushed)(*ARRAYS))
         print("agreed")
     """
-    agrees(start(program))
+    assert on_eight_devices(program, COMMON).strip() == "agreed"
 
 
 @pytest.mark.exhaustive
-def test_batches_of_sequences() -> None:
+def test_batches_of_sequences(on_eight_devices: Callable[..., str]) -> None:
     program = """
         shaped = [a.reshape(4, 16, *a.shape[1:]) if a.shape[0] == N else a for a in ARRAYS]
         for kind in (AxisType.Explicit, AxisType.Auto):
@@ -151,11 +127,11 @@ def test_batches_of_sequences() -> None:
         agree((got[0], got[1].log_sum_exp, got[1].entropy), (want[0], want[1].log_sum_exp, want[1].entropy))
         print("agreed")
     """
-    agrees(start(program))
+    assert on_eight_devices(program, COMMON).strip() == "agreed"
 
 
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
-def test_shard_map(check_vma: bool) -> None:
+def test_shard_map(check_vma: bool, on_eight_devices: Callable[..., str]) -> None:
     program = """
         auto, specs = mesh(AxisType.Auto), (P("data"), P(None, "model"), P("model"), P("data"), P("data"))
 
@@ -203,7 +179,7 @@ def test_shard_map(check_vma: bool) -> None:
         agree(compiled(none, put(auto, ARRAYS))[0], WANT["none"])
         print("agreed")
     """
-    agrees(start(program.replace("CHECK_VMA", str(check_vma))))
+    assert on_eight_devices(program.replace("CHECK_VMA", str(check_vma)), COMMON).strip() == "agreed"
 
 
 @pytest.mark.parametrize(
@@ -215,10 +191,10 @@ def test_shard_map(check_vma: bool) -> None:
         pytest.param("no check_vma", marks=pytest.mark.exhaustive),
     ],
 )
-def test_gradients_of_options(way: str) -> None:
+def test_gradients_of_options(way: str, on_eight_devices: Callable[..., str]) -> None:
     program = """
-        options = dict(class_weight=np.float32(rng.uniform(1, 2, V)), z_loss=0.1, temperature=2.0, logit_softcap=4.0,
-                       label_smoothing=0.1)
+        weight = np.float32(np.random.default_rng(1).uniform(1, 2, V))
+        options = dict(class_weight=weight, z_loss=0.1, temperature=2.0, logit_softcap=4.0, label_smoothing=0.1)
         options = {name: jnp.asarray(a) for name, a in options.items()}
         this = mesh(AxisType.Explicit if WAY == "explicit" else AxisType.Auto)
 
@@ -253,7 +229,32 @@ def test_gradients_of_options(way: str) -> None:
         assert not failed, failed
         print("agreed")
     """
-    agrees(start(program.replace("WAY", repr(way))))
+    assert on_eight_devices(program.replace("WAY", repr(way)), COMMON).strip() == "agreed"
+
+
+def start(first: str, program: str) -> Any:
+    return subprocess.Popen(
+        [sys.executable, "-c", "\n".join(textwrap.dedent(part) for part in (first, COMMON, program))],
+        env={
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": ":".join(sys.path),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def agrees(*processes: Any) -> None:
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=120)
+            assert out.strip().endswith("agreed"), errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_two_processes() -> None:
@@ -288,4 +289,4 @@ def test_two_processes() -> None:
                 local(compiled(f, everywhere(this, ARRAYS))[0], WANT[r])
         print("agreed")
     """
-    agrees(*(start(program, 4, connect.replace("PROCESS", str(i))) for i in range(2)))
+    agrees(*(start(connect.replace("PROCESS", str(i)), program) for i in range(2)))

@@ -1,9 +1,7 @@
 """jaxact's own derivative rules, verified."""
 
 import functools
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -107,7 +105,7 @@ def test_second_derivatives_are_verified(name: str, dtype: str, inner: str) -> N
     assert report.verdict == "verified", str(report)
 
 
-def test_rules_on_eight_devices() -> None:
+def test_rules_on_eight_devices(on_eight_devices: Callable[..., str]) -> None:
     program = """
         import jax, jax.numpy as jnp, numpy as np, jaxact
         from jax.sharding import NamedSharding, PartitionSpec as P
@@ -120,15 +118,4 @@ def test_rules_on_eight_devices() -> None:
             verify.rule(f, x, edges=None, transforms=("jit",), directions=1).raise_if_not_ok()
         print("verified")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": ":".join(sys.path),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "verified", done.stderr[-2000:]
+    assert on_eight_devices(program).strip() == "verified"
