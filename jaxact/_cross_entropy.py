@@ -252,7 +252,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
         return z_y, about_maximum(x, y, z_y, z_y)
     # About the label, no maximum need be found first, as long as nothing overflows: until the loss is 87.
     shift = finite(z_y)
-    if _whole(x, classes) and x.shape[-1] % BLOCK == 0 and x.shape[-1] >= 32 * BLOCK:
+    if _whole(x, classes) and x.shape[-1] % BLOCK == 0 and x.shape[-1] >= 16 * BLOCK:
         others = _in_blocks(x, adjust, y, shift)
     else:
         others = classes.sum(jnp.exp(adjust(x) - shift) * elsewhere(x, y))
