@@ -143,9 +143,10 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
     # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
     # symmetric, as the Jacobian is: transposed for forward mode it is the same three steps.
     # Both differences have their sign reversed: what XLA for CPU subtracts from each entry of a row it first negates,
-    # in a kernel of its own that parts the two around it; this way one kernel does it all.
+    # in a kernel of its own that parts the two around it; this way one kernel does it all. (The last is not turned
+    # round: the cotangent may be a product, and XLA would then contract it with the difference here and not there.)
     z = y * (row_sum(g * y) - g)
-    return y * row_sum(z) - z
+    return -(z - y * row_sum(z))
 
 
 # (log1p(e) − e)/e² on [0, 1] by Remez' algorithm: with it log1p is within 0.09 u in float32, but for rounding.
