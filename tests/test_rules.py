@@ -84,7 +84,9 @@ def test_weighted_derivatives_are_verified(dtype: str) -> None:
             name,
             dtype,
             inner,
-            unless=dtype == "float32" and inner == "reverse" and name in ("sigmoid", "softmax", "log_softmax", "logsumexp"),
+            unless=dtype == "float32"
+            and inner == "reverse"
+            and name in ("sigmoid", "softmax", "log_softmax", "logsumexp"),
         )
         for name in TEXTBOOK
         for dtype in DTYPES
