@@ -7,21 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._cross_entropy import (
-    Adjustment,
-    AxisName,
-    Classes,
-    Losses,
-    Options,
-    at_index,
-    entropy,
-    label_losses,
-    logit_cotangent,
-    predicted,
-    vary,
-    varying,
-)
+from jaxact._classes import AxisName, Classes, at_index, vary, varying
+from jaxact._cross_entropy import entropy, label_losses, logit_cotangent, predicted
 from jaxact._forward_mode import forward_mode
+from jaxact._options import Adjustment, Losses, Options
 
 CHUNK_BYTES = 2**25  # of logits that are held at a time, at least, by default
 

@@ -5,34 +5,19 @@ itself, and with it everything that would cancel: the loss is log1p of it, and 1
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype
-from jaxact._exponentials import certain, divisor, finite, maximum, times_jacobian, unless_all, widen
+from jaxact._canonical import compute_dtype
+from jaxact._classes import Classes, varying
+from jaxact._exponentials import certain, finite, times_jacobian, unless_all
 from jaxact._forward_mode import forward_mode
+from jaxact._options import Adjustment, Losses
 
-AxisName = Any  # of a mesh axis, or several
 BLOCK = 128  # classes that are summed together in a long row
-
-
-class Classes(NamedTuple):
-    """Where the class axis lies; hashable."""
-
-    axis_name: AxisName = None  # the mesh axis over which it is split by hand
-    branch: bool = True  # whether to look for the maximum only where it is needed
-
-    def sum(self, a: Array) -> Array:
-        here = jnp.sum(a, -1, keepdims=True)
-        return here if self.axis_name is None else lax.psum(here, self.axis_name)
-
-    def max(self, a: Array) -> Array:
-        here = maximum(a, (a.ndim - 1,))
-        return here if self.axis_name is None else lax.pmax(here, self.axis_name)
 
 
 class LabelSums(NamedTuple):
@@ -46,147 +31,6 @@ class LabelSums(NamedTuple):
     def total(self) -> Array:
         """At least 1, but for a row in which no class is left: there it would be 0."""
         return jnp.maximum(self.at_label + self.others, 1)
-
-
-class Losses(NamedTuple):
-    """Per row, without the axis of classes."""
-
-    nll: Array  # −log p_y
-    lse: Array  # log Σ e^z
-    uniform: Array  # the mean over the classes c of −w_c log p_c; 0 where no weights w are given
-
-
-class Adjustment(NamedTuple):
-    """What is done to logits first: cap·tanh(x/cap), then division by the temperature. None leaves a step out."""
-
-    cap: Array | None
-    temperature: Array | None
-
-    def __call__(self, x: Array) -> Array:
-        z = widen(x)
-        if self.cap is None and self.temperature is None:
-            return z
-        # A class that does not exist is neither capped nor scaled; not even 0 times its logit reaches a derivative.
-        exists = z != -jnp.inf
-        z = jnp.where(exists, z, 0)
-        if self.cap is not None:
-            z = self.cap * jnp.tanh(z / self.cap)
-        if self.temperature is not None:
-            z = z / self.temperature
-        return jnp.where(exists, z, -jnp.inf)
-
-
-class Options(NamedTuple):
-    """What makes a loss of log-probabilities, by the names of the public arguments. None leaves an option out."""
-
-    temperature: Any
-    label_smoothing: Any
-    z_loss: Any
-    logit_softcap: Any
-    class_weight: Any
-
-    @classmethod
-    def checked(cls, **given: Any) -> "Options":
-        """What is out of range raises where its value is known."""
-        check, cap = canonical_scalar, given["logit_softcap"]
-        fraction = (lambda e: 0 <= e <= 1, "in [0, 1]")
-        coefficient = (lambda z: 0 <= z < math.inf, "finite and not negative")
-        positive = (lambda c: 0 < c < math.inf, "positive and finite")
-        return cls(
-            canonical_temperature(given["temperature"]),
-            check("label_smoothing", given["label_smoothing"], *fraction, nothing=0),
-            check("z_loss", given["z_loss"], *coefficient, nothing=0),
-            None if cap is None else check("logit_softcap", cap, *positive),
-            given["class_weight"],
-        )
-
-    def adjustment(self, x: Array) -> Adjustment:
-        cap = self.logit_softcap
-        dtype = compute_dtype(x.dtype)
-        return Adjustment(None if cap is None else jnp.asarray(cap, dtype), divisor(self.temperature, x))
-
-    def weights(self, classes: int, dtype: Any) -> Array | None:
-        """A factor for each class."""
-        if self.class_weight is None:
-            return None
-        weights = as_float("class_weight", self.class_weight)
-        if weights.shape != (classes,):
-            raise ValueError(f"class_weight must have shape ({classes},), got {weights.shape}.")
-        return weights.astype(dtype)
-
-    def spread(self, weights: Array | None, dtype: Any) -> Array | None:
-        """The weights by which smoothing spreads a label, where it does."""
-        if self.label_smoothing is None:
-            return None
-        return jnp.ones((), dtype) if weights is None else weights
-
-    def combine(self, losses: "Losses", label_weight: Array | None) -> Array:
-        """The loss of each row."""
-        nll, _, uniform = losses
-        factor = None if self.label_smoothing is None else 1 - jnp.asarray(self.label_smoothing, nll.dtype)
-        if label_weight is not None:
-            factor = label_weight if factor is None else factor * label_weight
-        # A factor of 0 leaves out even an infinite loss.
-        loss = nll if factor is None else factor * jnp.where((factor == 0) & jnp.isinf(nll), 0, nll)
-        if self.label_smoothing is not None:
-            loss = loss + self.label_smoothing * uniform
-        return loss if self.z_loss is None else loss + self.z_loss * square_of(losses.lse)
-
-
-def square_of(lse: Array) -> Array:
-    """lse², 0 where no class is left; an infinite one is a constant."""
-    finite = jnp.isfinite(lse) | jnp.isnan(lse)
-    return jnp.square(jnp.where(finite, lse, 0)) + jnp.where(lse == jnp.inf, jnp.inf, 0)
-
-
-def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | None:
-    """The weight of each label."""
-    if weights is None:
-        return None
-    if axis_name is None:
-        return jnp.take(weights, y, mode="clip")
-    here = (y >= 0) & (y < weights.shape[0])
-    local = jnp.where(here, jnp.take(weights, y, mode="clip"), 0)
-    total = lax.psum(local, axis_name)
-    # With check_vma=False the cotangent, the same on all devices, would be summed over them.
-    return total if varying(local) else local + lax.stop_gradient(total - local)
-
-
-def varying(a: Any) -> frozenset[Any]:
-    """The mesh axes along which devices hold different values, inside `shard_map`; none with check_vma=False."""
-    return jax.typeof(a).mat.varying
-
-
-def vary(a: Array, axes: frozenset[Any]) -> Array:
-    missing = tuple(axes - varying(a))
-    return lax.pcast(a, missing, to="varying") if missing else a
-
-
-def alike(a: Array, b: Array) -> tuple[Array, Array]:
-    """Both divided over the same axes of a mesh, since a rule returns cotangents that are divided as its arguments."""
-    axes = varying(a) | varying(b)
-    a, b = vary(a, axes), vary(b, axes)
-    if jax.typeof(a).sharding == jax.typeof(b).sharding:
-        return a, b
-    both = jax.typeof(jnp.logical_and(a, b)).sharding
-    return jax.sharding.reshard(a, both), jax.sharding.reshard(b, both)
-
-
-def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
-    """The place of each label among this shard's classes, outside of them if on another; and which labels exist."""
-    first: Any = 0 if axis_name is None else lax.axis_index(axis_name) * classes
-    count = classes if axis_name is None else classes * lax.axis_size(axis_name)
-    # A narrow or unsigned dtype holds neither the count nor a difference.
-    wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
-    exists = (wide >= 0) & (wide < count)
-    return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
-
-
-def counts(labels: Array, ignore_index: int) -> Array:
-    """Where a label is not the one to ignore, which may not even exist in its dtype."""
-    info = jnp.iinfo(labels.dtype)
-    known = info.min <= ignore_index <= info.max
-    return labels != ignore_index if known else jnp.ones_like(labels, bool)
 
 
 def elsewhere(z: Array, y: Array) -> Array:

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, canonical_int, masked, require_array, require_arrays
 from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted_total
-from jaxact._cross_entropy import AxisName, Options, at_index, counts, label_index
+from jaxact._classes import AxisName, at_index, counts, label_index
+from jaxact._options import Options
 
 
 class Auxiliary(NamedTuple):

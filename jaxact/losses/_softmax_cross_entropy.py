@@ -21,21 +21,12 @@ from jaxact._canonical import (
     require_array,
     require_arrays,
 )
-from jaxact._cross_entropy import (
-    Adjustment,
-    AxisName,
-    Classes,
-    Options,
-    alike,
-    at_index,
-    counts,
-    label_index,
-    label_losses,
-    square_of,
-)
+from jaxact._classes import AxisName, Classes, alike, at_index, counts, label_index
+from jaxact._cross_entropy import label_losses
 from jaxact._exponentials import Sums, row_sums, unless_all, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
+from jaxact._options import Adjustment, Options, square_of
 from jaxact._softmax import _log_softmax, without_mean
 
 

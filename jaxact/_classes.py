@@ -1,0 +1,76 @@
+"""Where the classes and the rows of an array lie on the devices, and what belongs to a label there."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxact._exponentials import maximum
+
+AxisName = Any  # of a mesh axis, or several
+
+
+class Classes(NamedTuple):
+    """Where the class axis lies; hashable."""
+
+    axis_name: AxisName = None  # the mesh axis over which it is split by hand
+    branch: bool = True  # whether to look for the maximum only where it is needed
+
+    def sum(self, a: Array) -> Array:
+        here = jnp.sum(a, -1, keepdims=True)
+        return here if self.axis_name is None else lax.psum(here, self.axis_name)
+
+    def max(self, a: Array) -> Array:
+        here = maximum(a, (a.ndim - 1,))
+        return here if self.axis_name is None else lax.pmax(here, self.axis_name)
+
+
+def varying(a: Any) -> frozenset[Any]:
+    """The mesh axes along which devices hold different values, inside `shard_map`; none with check_vma=False."""
+    return jax.typeof(a).mat.varying
+
+
+def vary(a: Array, axes: frozenset[Any]) -> Array:
+    missing = tuple(axes - varying(a))
+    return lax.pcast(a, missing, to="varying") if missing else a
+
+
+def alike(a: Array, b: Array) -> tuple[Array, Array]:
+    """Both divided over the same axes of a mesh, since a rule returns cotangents that are divided as its arguments."""
+    axes = varying(a) | varying(b)
+    a, b = vary(a, axes), vary(b, axes)
+    if jax.typeof(a).sharding == jax.typeof(b).sharding:
+        return a, b
+    both = jax.typeof(jnp.logical_and(a, b)).sharding
+    return jax.sharding.reshard(a, both), jax.sharding.reshard(b, both)
+
+
+def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
+    """The place of each label among this shard's classes, outside of them if on another; and which labels exist."""
+    first: Any = 0 if axis_name is None else lax.axis_index(axis_name) * classes
+    count = classes if axis_name is None else classes * lax.axis_size(axis_name)
+    # A narrow or unsigned dtype holds neither the count nor a difference.
+    wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    exists = (wide >= 0) & (wide < count)
+    return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
+
+
+def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | None:
+    """The weight of each label."""
+    if weights is None:
+        return None
+    if axis_name is None:
+        return jnp.take(weights, y, mode="clip")
+    here = (y >= 0) & (y < weights.shape[0])
+    local = jnp.where(here, jnp.take(weights, y, mode="clip"), 0)
+    total = lax.psum(local, axis_name)
+    # With check_vma=False the cotangent, the same on all devices, would be summed over them.
+    return total if varying(local) else local + lax.stop_gradient(total - local)
+
+
+def counts(labels: Array, ignore_index: int) -> Array:
+    """Where a label is not the one to ignore, which may not even exist in its dtype."""
+    info = jnp.iinfo(labels.dtype)
+    known = info.min <= ignore_index <= info.max
+    return labels != ignore_index if known else jnp.ones_like(labels, bool)
