@@ -4,7 +4,9 @@ What is written is the same on every machine: minimal metadata, no times, no ran
 """
 
 import argparse
+import functools
 import os
+import queue
 import re
 import sys
 import time
@@ -37,8 +39,25 @@ def execute(path: Path) -> Any:
         resources={"metadata": {"path": str(FOLDER)}},
         extra_arguments=["--log-level=ERROR"],  # the kernel's own words, which are no output
     )
+    client.on_notebook_start = functools.partial(look_often, client)
     client.execute()
     return normalise(notebook, path.stem)
+
+
+def look_often(client: Any, notebook: Any) -> None:
+    """Looks for messages every second. Now and then pyzmq misses that one has come, and would wait for the timeout."""
+    for channel in (client.kc.shell_channel, client.kc.iopub_channel):
+        channel.get_msg = functools.partial(_next, channel.get_msg)
+
+
+async def _next(get: Any, timeout: float | None = None) -> Any:
+    end = None if timeout is None else time.monotonic() + timeout
+    while True:
+        try:
+            return await get(1)
+        except queue.Empty:
+            if end is not None and time.monotonic() > end:
+                raise
 
 
 def normalise(notebook: Any, name: str) -> Any:
