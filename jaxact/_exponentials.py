@@ -5,7 +5,6 @@ limits are written as arithmetic (minimum, maximum, multiplication) and not as `
 reduction keeps XLA from vectorising it, which makes the sum several times slower.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -147,23 +146,6 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
     # round: the cotangent may be a product, and XLA would then contract it with the difference here and not there.)
     z = y * (row_sum(g * y) - g)
     return -(z - y * row_sum(z))
-
-
-# (log1p(e) − e)/e² on [0, 1] by Remez' algorithm: with it log1p is within 0.09 u in float32, but for rounding.
-_LOG1P = (
-    -0.49999931, 0.33330512, -0.24958587, 0.196954, -0.15355395, 0.10680554, -0.057664432, 0.02020458, -0.0033184718,
-)  # fmt: skip
-
-
-def log1p_of_fraction(e: Array) -> Array:
-    """log(1 + e) of e in [0, 1]: a polynomial in float32, a third of the time of `log1p`, and more accurate.
-
-    What is added to e is at most 0.31, so that its rounding counts for less than half.
-    """
-    if e.dtype != jnp.float32:
-        return jnp.log1p(e)
-    tail = functools.reduce(lambda sum, c: sum * e + c, reversed(_LOG1P[:-1]), jnp.full_like(e, _LOG1P[-1]))
-    return e + e * e * tail
 
 
 def maximum(x: Array, axis: Axes) -> Array:

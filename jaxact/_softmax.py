@@ -56,7 +56,7 @@ def softmax(
         x̄ = y ⊙ (ȳ − ⟨ȳ, y⟩)/T and T̄ = −Σ x̄ log y. Reverse mode keeps `y`.
 
     Numerics:
-        At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 16·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element,
+        At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 12·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element,
         also where one probability rounds to 1 (`jax.nn.softmax` loses that entry) or ȳ has a large common offset.
         16-bit types are computed in float32 and rounded once. Held by `tests/test_softmax.py`.
 

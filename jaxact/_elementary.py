@@ -1,0 +1,85 @@
+"""Elementary functions of float32 by polynomials: faster than XLA's, and as accurate as sigmoid and its kin need."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# (eʳ − 1 − r)/r² for |r| ≤ log(2)/2 by Remez' algorithm: with it eʳ is within 0.06 u, but for rounding.
+_EXP = (0.50000001, 0.16666519, 0.041666206, 0.0083688894, 0.001395049)
+# log(2) in two parts, of which the first has 9 bits: small integers times it are exact.
+_LOG2 = (0.693359375, -2.1219444e-4)
+
+# (log1p(e) − e)/e² on [0, 1] by Remez' algorithm: with it log1p is within 0.09 u in float32, but for rounding.
+_LOG1P = (
+    -0.49999931, 0.33330512, -0.24958587, 0.196954, -0.15355395, 0.10680554, -0.057664432, 0.02020458, -0.0033184718,
+)  # fmt: skip
+# The same where 1 + e is between √½ and √2: within 0.5 u.
+_LOG1P_CENTRED = (
+    -0.49999983, 0.33333934, -0.25002585, 0.19963459, -0.16551735, 0.14883841, -0.14427334, 0.089795866,
+)  # fmt: skip
+
+
+def exponent_and_rest(x: Array) -> tuple[Array, Array]:
+    """k and p with eˣ = 2ᵏ(1 + p), |p| < ½, of float32 between −88 and 88. To add 1 would round p."""
+    k = jnp.round(x * (1 / math.log(2)))
+    r = (x - k * _LOG2[0]) - k * _LOG2[1]
+    return k, r + r * r * _polynomial(_EXP, r)
+
+
+@jax.custom_jvp
+def exp_of_negative(x: Array) -> Array:
+    """eˣ of x ≤ 0; 0 where that is not a normal number."""
+    if x.dtype != jnp.float32:
+        return jnp.exp(x)
+    k, p = exponent_and_rest(jnp.maximum(x, -88.0))
+    return two_to(k) * (1 + p)
+
+
+@exp_of_negative.defjvp
+def _exp_of_negative_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = exp_of_negative(*primals)
+    return y, tangents[0] * y
+
+
+def log1p_of_fraction(e: Array) -> Array:
+    """log(1 + e) of e in [0, 1]: a third of the time of `log1p`, and more accurate.
+
+    What is added to e is at most 0.31, so that its rounding counts for less than half.
+    """
+    if e.dtype != jnp.float32:
+        return jnp.log1p(e)
+    return e + e * e * _polynomial(_LOG1P, e)
+
+
+def log1p_of_positive(z: Array) -> Array:
+    """log(1 + z) of z ≥ 0."""
+    if z.dtype != jnp.float32:
+        return jnp.log1p(z)
+    # 1 + z = 2ᵏ(1 + e) with 1 + e between √½ and √2, from whose bits we count. To take e of z, and not of 1 + z, keeps
+    # what that addition loses. At infinity e and the sum are −inf; hence the absolute value.
+    steps = lax.bitcast_convert_type(1 + z, jnp.int32) - 0x3F3504F3
+    exponent = steps & -0x800000  # 2²³k
+    power = _typed_as(z, lax.bitcast_convert_type(0x3F800000 - exponent, jnp.float32))
+    e = z * power + (power - 1)
+    return jnp.abs(_typed_as(z, exponent) * (math.log(2) / 2**23) + (e + e * e * _polynomial(_LOG1P_CENTRED, e)))
+
+
+def two_to(k: Array) -> Array:
+    """2ᵏ of whole numbers from −126 to 127 in float32; 0 for −127."""
+    # The last bits of this sum are the exponent's. (A conversion to integers takes longer: it would mind nan.)
+    bits = lax.bitcast_convert_type(k.astype(jnp.float32) + (1.5 * 2**23 + 127), jnp.int32)
+    power = lax.bitcast_convert_type(lax.shift_left(bits, jnp.int32(23)), jnp.float32)
+    return _typed_as(k, power)
+
+
+def _typed_as(x: Array, y: Array) -> Array:
+    """`y` in the type of `x`, which is a weak one where `x` comes of a Python number."""
+    return y.astype(x.dtype) if x.ndim else lax.full_like(x, y)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+    """By Horner's scheme; the coefficient of the lowest power comes first."""
+    return functools.reduce(lambda sum, c: sum * x + c, reversed(coefficients[:-1]), jnp.full_like(x, coefficients[-1]))
