@@ -260,8 +260,9 @@ def test_reverse_mode_keeps_logits_and_labels(kind: str) -> None:
 def test_dtypes_of_the_dense_loss_are_those_of_its_logits(x64: None) -> None:
     for logits, of_loss in (("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")):
         for labels in ("float64", "float32", "float16"):
-            x, q = jnp.zeros((100, 2), logits), jnp.full((100, 2), 0.5, labels)
-            loss, gradients = jax.value_and_grad(lambda x, q: dense_loss(x, q).sum(), (0, 1))(x, q)
+            x, q = jax.ShapeDtypeStruct((100, 2), logits), jax.ShapeDtypeStruct((100, 2), labels)
+            both = jax.value_and_grad(lambda x, q: dense_loss(x, q).sum(), (0, 1))
+            loss, gradients = jax.eval_shape(both, x, q)
             assert [loss.dtype, *(g.dtype for g in gradients)] == [of_loss, logits, labels]
 
 
