@@ -15,7 +15,7 @@ class Classes(NamedTuple):
     """Where the class axis lies; hashable."""
 
     axis_name: AxisName = None  # the mesh axis over which it is split by hand
-    branch: bool = True  # whether to look for the maximum only where it is needed
+    lean: bool = False  # whether memory counts for more than the time of a pass
 
     def sum(self, a: Array) -> Array:
         here = jnp.sum(a, -1, keepdims=True)

@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, varying
+from jaxact._elementary import exp
 from jaxact._exponentials import certain, finite, times_jacobian, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._options import Adjustment, Losses
@@ -92,7 +93,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
         others = classes.sum(jnp.exp(jnp.minimum(z, peak) - peak) * elsewhere(z, y))
         return LabelSums(peak, jnp.exp(jnp.minimum(z_y, peak) - peak), others)
 
-    if not classes.branch:
+    if classes.lean:
         return z_y, about_maximum(x, y, z_y, z_y)
     # About the label, no maximum need be found first, as long as nothing overflows: until the loss is 87.
     shift = finite(z_y)
@@ -222,7 +223,8 @@ def _probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
     # The minimum changes +inf alone, from which no shift can be taken. Behind the barrier XLA computes the exponentials
     # again instead of keeping them from where they were summed.
     shift, total = lax.optimization_barrier((sums.shift, sums.total))
-    return jnp.exp(jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift) / total
+    d = jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift
+    return (jnp.exp(d) if classes.lean else exp(d)) / total
 
 
 def _probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> tuple[Array, Array]:

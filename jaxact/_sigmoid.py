@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxact._canonical import as_float, rounded_once
-from jaxact._elementary import exp_of_negative, exponent_and_rest, log1p_of_fraction, log1p_of_positive, two_to
+from jaxact._elementary import exp, exponent_and_rest, log1p_of_fraction, log1p_of_positive, two_to
 from jaxact._forward_mode import forward_mode
 
 
@@ -73,7 +73,7 @@ _sigmoid.defvjp(_sigmoid_fwd, _sigmoid_bwd)
 @jax.custom_vjp
 def _sigmoid_slope(x: Array) -> Array:
     # σ′ = σ(x)σ(−x) = e/(1 + e)² with e = e^−|x|, multiplied out: of the terms of 1 + e(2 + e) the largest is exact.
-    e = exp_of_negative(-jnp.abs(x))
+    e = exp(-jnp.abs(x))
     return e / (1 + e * (2 + e))
 
 
@@ -127,7 +127,7 @@ def softplus(x: ArrayLike) -> Float[Array, "..."]:
 @rounded_once
 def _softplus(x: Array) -> Array:
     # log(1 + eˣ) = max(x, 0) + log(1 + e^−|x|): two terms of one sign, and no overflow.
-    return jnp.maximum(x, 0) + log1p_of_fraction(exp_of_negative(-jnp.abs(x)))
+    return jnp.maximum(x, 0) + log1p_of_fraction(exp(-jnp.abs(x)))
 
 
 def _softplus_fwd(x: Array) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from jaxact._canonical import (
     require_array,
     require_arrays,
 )
-from jaxact._elementary import exp_of_negative, log1p_of_fraction
+from jaxact._elementary import exp, log1p_of_fraction
 from jaxact._exponentials import widen
 from jaxact._forward_mode import forward_mode
 from jaxact._sigmoid import sigmoid, softplus
@@ -103,7 +103,7 @@ def _binary_cross_entropy(x: Array, y: Array, weight: Array | None) -> Array:
     # softplus(−x) and softplus(x) share log(1 + e^−|x|), and one of them is no more than that; no term is negative.
     x = widen(x)
     positive, negative = y if weight is None else weight * y, 1 - y
-    both = log1p_of_fraction(exp_of_negative(-jnp.abs(x)))
+    both = log1p_of_fraction(exp(-jnp.abs(x)))
     if weight is not None:
         both = (positive + negative) * both
     return both + _times(jnp.where(x < 0, positive, negative), jnp.abs(x))
@@ -214,7 +214,7 @@ def _share(y: Array, alpha: Array | None) -> Array | float:
 def _focal_loss(power: int | None, x: Array, y: Array, alpha: Array | None, gamma: Array) -> Array:
     # 1 − p_t is of the likelier side e/(1 + e), of the other 1/(1 + e).
     wide = widen(x)
-    e = exp_of_negative(-jnp.abs(wide))
+    e = exp(-jnp.abs(wide))
     part, whole = jnp.where(wide < 0, y, 1 - y) + jnp.where(wide < 0, 1 - y, y) * e, 1 + e
     loss = _binary_cross_entropy(wide, y, None)
     if power is None:
@@ -240,7 +240,7 @@ def _focal_loss_bwd(power: int | None, residuals: Any, g: Array) -> Any:
     q = (1 - y) * p + y * rest
     focus, loss, share = _focus(power, q, gamma), _binary_cross_entropy(wide, y, None), _share(y, alpha)
     # σ′/q is a multiple of e^−|x|, but for a hard label on its own side, where q is one too and it cancels.
-    e, likely, far = exp_of_negative(-jnp.abs(wide)), jnp.maximum(p, rest), jnp.where(wide > 0, 1 - y, y)
+    e, likely, far = exp(-jnp.abs(wide)), jnp.maximum(p, rest), jnp.where(wide > 0, 1 - y, y)
     of_focus = gamma * likely * jnp.where(far == 0, 1, e / jnp.where(far == 0, 1, far + (1 - far) * e))
     x_bar = share * focus * (_times((1 - 2 * y) * of_focus, loss) + ((1 - y) * p - y * rest))
     # ∂q/∂y = 1 − 2p, and that of the cross-entropy is −x.
