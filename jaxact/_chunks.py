@@ -31,8 +31,8 @@ class How(NamedTuple):
 
     @property
     def classes(self) -> Classes:
-        # Beside the products a pass over logits is cheap. A branch keeps XLA from reusing their memory; so does, in second
-        # derivatives, an exponential that is not XLA's.
+        # Beside the products a pass over logits is cheap. A branch keeps XLA from reusing their memory, and in second
+        # derivatives an exponential that is not XLA's does so too.
         return Classes(self.axis_name, lean=True)
 
     def product(self, a: Array, b: Array, over_a: int, over_b: int) -> Array:
