@@ -182,6 +182,18 @@ def test_python_scalars_stay_weak(name: str) -> None:
     assert not f(np.float32(0.5)).weak_type
 
 
+@all_functions
+def test_a_python_number_made_before_float64_was_enabled(name: str) -> None:
+    # With a constant it would promote to float64, whose bits are twice as many.
+    f, x = FUNCTIONS[name], jnp.asarray(0.25)
+    want = f(jnp.float32(0.25)), jax.grad(f)(jnp.float32(0.25))
+    with jax.enable_x64(True):
+        got = f(x), jax.grad(f)(x)
+    assert [a.dtype for a in got] == [jnp.float32, jnp.float32]
+    # Constants of 64 bits may round otherwise.
+    np.testing.assert_allclose(got, want, rtol=4 * 2**-24)
+
+
 @all_dtypes
 @all_functions
 def test_strict_promotion(name: str, dtype: str) -> None:
