@@ -190,7 +190,7 @@ def test_a_python_number_made_before_float64_was_enabled(name: str) -> None:
     with jax.enable_x64(True):
         got = f(x), jax.grad(f)(x)
     assert [a.dtype for a in got] == [jnp.float32, jnp.float32]
-    # Constants of 64 bits may round otherwise.
+    # With constants of 64 bits a few roundings of one u each may go the other way.
     np.testing.assert_allclose(got, want, rtol=4 * 2**-24)
 
 
