@@ -19,73 +19,107 @@ from jaxact._canonical import as_float, compute_dtype
 Axes = tuple[int, ...]
 
 
+class Shift(NamedTuple):
+    """What keeps the exponentials of a row in range; arrays of the row's shape with the class axes kept."""
+
+    top: Array  # finite, and no logit but +inf above it
+    by: Array  # what is subtracted from the logits
+    factor: Array  # by which the exponentials are multiplied
+
+
 class Sums(NamedTuple):
     """What a row's logits come to; arrays of the row's shape with the class axes kept."""
 
-    peak: Array  # the maximum m, or the finite number nearest to it
-    total: Array  # the sum of `exponentials`, times `scale`
+    peak: Array  # the maximum m, or the finite number nearest to it; UNSHIFTED where that is not known
+    total: Array  # the sum of `exponentials`; 0 where no class is left
+
+
+class RowSums(NamedTuple):
+    """The same about the maximum m, with the sum of all but the largest."""
+
+    peak: Array
+    total: Array
     others: Array  # Σ e^{(xⱼ − m)/t} over all j but one at which m is attained; 0 where no class is left
 
 
-def exponentials(x: Array, peak: Array, t: Array | None) -> Array:
-    """exp((x − s)/t) for a shift s of the row such that the largest is between 1 and e⁸⁶ in float32.
+UNSHIFTED = 63.0  # up to here, a positive maximum needs no shift
 
-    Subtracting the maximum m as s rounds: by up to |x − m|·u, a relative error in the exponential of 66 ulp at logit
+
+def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
+    """The shift for which neither the sum of `count` exponentials nor its reciprocal overflows.
+
+    Subtracting the maximum m rounds: by up to |x − m|·u, a relative error in the exponential of 66 ulp at logit
     scale 30. But the maximum is only one of many shifts that prevent overflow. An integer s ≤ m such that m − s stays
     below the logarithm of the largest number serves as well, and of these we take the one nearest 0: then x − s is
     exact unless |x − s| exceeds |x|, where it is small. Where t divides, that rounds in any case, and s = m.
     """
-    # The minimum changes nothing but +inf. It keeps XLA from contracting the multiplication in `softmax(a * x)` with
-    # the subtraction, after which the maximum would no longer be the largest (jax issue 37234).
-    x = jnp.minimum(x, peak)
     if t is not None:
-        return jnp.exp((x - peak) / t)
+        return Shift(peak, peak, jnp.ones_like(peak))
     # Room for rounding s up, and for the reciprocal of the sum to be a normal number.
     room = math.floor(math.log(float(jnp.finfo(peak.dtype).max))) - 2
-    shift = jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
-    return jnp.exp(x - shift)
+    by = jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
+    # A larger maximum makes the sum of all larger still: divided by their number, the exponentials do not overflow,
+    # and none is flushed that is a normal part of it. (Arithmetic on the maximum, and not a comparison: so XLA for
+    # CPU makes one kernel of softmax.)
+    large = jnp.minimum(jnp.floor(jnp.maximum(peak / (UNSHIFTED + 1), 0)), 1)
+    return Shift(peak, by, 1 - large * (1 - 0.5 ** (max(count, 1) - 1).bit_length()))
 
 
-def total(e: Array, axis: Axes) -> Array:
-    """The sum of exponentials, times `scale`: by itself it might overflow. What that flushes is too small to count."""
-    return jnp.sum(e * scale(class_count(e, axis)), axis, keepdims=True)
+def exponentials(x: Array, shift: Shift, t: Array | None, exp: Callable[[Array], Array] = jnp.exp) -> Array:
+    # The minimum changes nothing but +inf. It keeps XLA from contracting the multiplication in `softmax(a * x)` with
+    # the subtraction, after which the maximum would no longer be the largest (jax issue 37234).
+    d = jnp.minimum(x, shift.top) - shift.by
+    return exp(d) * shift.factor if t is None else exp(d / t)
 
 
-def scale(count: int) -> float:
-    """The largest power of 2 that is at most 1/count."""
-    return 2.0 ** -(max(count, 1) - 1).bit_length()
-
-
-def over_total(e: Array, total: Array, peak: Array, t: Array | None) -> Array:
-    """Exponentials divided by their `total`; 0 where no class is left and the sum is 0."""
-    c = scale(e.size // max(total.size, 1))
-    total = jnp.maximum(total, c)
-    if t is not None:
-        return e / (total / c)
-    # The reciprocal of a large sum may not be a normal number. Where the maximum is large we scale the exponentials
-    # instead, which flushes none of a normal probability. (Arithmetic on the maximum, and not a comparison of the sum:
-    # so XLA for CPU makes one kernel of softmax.)
-    factor = 1 - jnp.minimum(jnp.floor(jnp.maximum(peak / 64, 0)), 1) * (1 - c)
-    return e * factor / (total * (factor / c))
-
-
-def row_sums(x: Array, t: Array | None, axis: Axes) -> Sums:
-    # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
+def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Array]:
+    """The sums, and the exponentials themselves."""
     peak = finite(widen(maximum(x, axis)))
-    at_peak = exponentials(peak, peak, t)
-    sum_of_all = total(exponentials(widen(x), peak, t), axis)
-    all_but_one = sum_of_all / (at_peak * scale(class_count(x, axis))) - 1
+    e = exponentials(widen(x), shift_about(peak, t, class_count(x, axis)), t)
+    return Sums(peak, jnp.sum(e, axis, keepdims=True)), e
 
-    def exact(x: Array, peak: Array, all_but_one: Array) -> Array:
+
+def total_unshifted(x: Array, axis: Axes) -> tuple[Array, Array]:
+    """The sum without a shift, for which no maximum need be found; and whether nothing overflows or is flushed."""
+    total = jnp.sum(jnp.exp(widen(x)), axis, keepdims=True)
+    return total, (total >= 1) & (total < math.exp(UNSHIFTED))
+
+
+def over_total(e: Array, total: Array) -> Array:
+    """Exponentials divided by their `total`; 0 where no class is left."""
+    return e / jnp.maximum(total, 2.0**-64)  # less than any other sum, which is at least the `factor` of the shift
+
+
+def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
+    sums, _ = maximum_and_total(x, t, axis)
+    shift = shift_about(sums.peak, t, class_count(x, axis))
+    at_peak = exponentials(sums.peak, shift, t)
+    all_but_one = sums.total / at_peak - 1
+
+    # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
+    def exact(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
         # Below 1 this difference may have cancelled. But then no second class attains the maximum, and with weights
         # that are 0 at the maximum and 1 elsewhere the others can be summed by themselves.
         wide = widen(x)
-        weight = jnp.minimum((peak - jnp.minimum(wide, peak)) / float(jnp.finfo(peak.dtype).tiny), 1)
-        alone = jnp.sum(exponentials(wide, peak, t) * weight, axis, keepdims=True) / at_peak
+        weight = jnp.minimum((shift.top - jnp.minimum(wide, shift.top)) / float(jnp.finfo(wide.dtype).tiny), 1)
+        alone = jnp.sum(exponentials(wide, shift, t) * weight, axis, keepdims=True) / at_peak
         return jnp.where(all_but_one >= 1, all_but_one, alone)
 
-    others = if_dominated(all_but_one, exact, lambda x, peak, all_but_one: all_but_one, x, peak, all_but_one)
-    return Sums(peak, sum_of_all, others)
+    def quick(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
+        return all_but_one
+
+    return RowSums(*sums, if_dominated(all_but_one, exact, quick, x, shift, at_peak, all_but_one))
+
+
+def peak_and_others(x: Array, t: Array | None, axis: Axes) -> tuple[Array, Array]:
+    """The two that `row_sums` has, without a branch: in one kernel a sum more costs less than going through x again."""
+    peak = finite(widen(maximum(x, axis)))
+    d = jnp.minimum(widen(x), peak) - peak
+    # 0 where the maximum is attained and −1 elsewhere; its sum counts those places.
+    below = jnp.maximum(d * (1 / float(jnp.finfo(d.dtype).tiny)), -1)
+    places = jnp.sum(below, axis, keepdims=True) + class_count(x, axis)
+    alone = -jnp.sum(jnp.exp(d if t is None else d / t) * below, axis, keepdims=True)
+    return peak, alone + jnp.maximum(places - 1, 0)
 
 
 def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
@@ -127,7 +161,7 @@ def _all_of_batch(size: int, batched: list[bool], condition: Array) -> tuple[Arr
 def certain(y: Array) -> Array:
     """`y`, with 1 for a probability within 2 ulp of 1, where e·(1/e), as XLA divides, may have left a little less.
 
-    Below, subtracting means leaves ε² of the largest entry where its probability is 1 − ε instead of 1, and that can
+    To subtract a mean twice leaves ε² of the largest entry where its probability is 1 − ε instead of 1, and that can
     exceed the small entries. Derivatives pass through unchanged.
     """
     return jnp.maximum(y, jnp.floor(y + 2 * float(jnp.finfo(y.dtype).eps)))
@@ -146,6 +180,11 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
     # round: the cotangent may be a product, and XLA would then contract it with the difference here and not there.)
     z = y * (row_sum(g * y) - g)
     return -(z - y * row_sum(z))
+
+
+def in_one_kernel(x: Array, axis: Axes) -> bool:
+    """Whether XLA for CPU makes one kernel of softmax, however often it goes through a row: of at least 4096 rows."""
+    return x.size >= 4096 * class_count(x, axis) > 0
 
 
 def maximum(x: Array, axis: Axes) -> Array:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, rounded_once
-from jaxact._exponentials import Axes, Sums, finite, maximum, row_sums, widen
+from jaxact._exponentials import UNSHIFTED, Axes, Sums, finite, maximum, row_sums, total_unshifted, unless_all, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._softmax import _softmax
 
@@ -97,8 +97,19 @@ def _logsumexp_of_any(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _logsumexp(x: Array, axis: Axes) -> tuple[Array, Sums]:
     """The logarithm of the sum of exponentials over the axes, and the sums it is made of, as constants."""
-    sums = row_sums(x, None, axis)
-    return (widen(maximum(x, axis)) + jnp.log1p(sums.others)).astype(x.dtype), sums
+
+    def about_maximum(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:
+        sums = row_sums(x, None, axis)
+        return widen(maximum(x, axis)) + jnp.log1p(sums.others), Sums(sums.peak, sums.total)
+
+    def about_zero(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:
+        return log_total, Sums(jnp.full_like(total, UNSHIFTED), total)
+
+    total, in_range = total_unshifted(x, axis)
+    log_total = jnp.log(total)
+    # Near 0, the logarithm lacks what the sum has lost beside 1.
+    out, sums = unless_all(in_range & (log_total > 1), about_maximum, about_zero, x, total, log_total)
+    return out.astype(x.dtype), sums
 
 
 def _logsumexp_fwd(x: Array, axis: Axes) -> Any:
@@ -109,7 +120,7 @@ def _logsumexp_fwd(x: Array, axis: Axes) -> Any:
 def _logsumexp_bwd(axis: Axes, residuals: Any, cotangents: Any) -> tuple[Array]:
     x, sums = residuals
     # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in softmax, to be widened again.
-    p = _softmax(widen(lax.optimization_barrier(x)), None, sums, axis)
+    p = _softmax(widen(lax.optimization_barrier(x)), None, sums, axis, False)
     return ((widen(cotangents[0]) * p).astype(x.dtype),)
 
 

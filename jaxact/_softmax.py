@@ -12,21 +12,25 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxact._canonical import Axis, as_float, canonical_axis, canonical_temperature, masked, require_array
+from jaxact._elementary import exp
 from jaxact._exponentials import (
     Axes,
+    RowSums,
     Sums,
     certain,
     class_count,
     divisor,
     exponentials,
-    finite,
     if_dominated,
-    maximum,
+    in_one_kernel,
+    maximum_and_total,
     over_total,
+    peak_and_others,
     row_sums,
-    scale,
+    shift_about,
     times_jacobian,
-    total,
+    total_unshifted,
+    unless_all,
     widen,
 )
 from jaxact._forward_mode import forward_mode
@@ -77,38 +81,50 @@ def softmax(
 def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis("axis", axis, x.ndim)
-    return _softmax(masked(x, where, -math.inf), divisor(temperature, x), None, axes)
+    return _softmax(masked(x, where, -math.inf), divisor(temperature, x), None, axes, False)
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes) -> Array:
-    """Softmax over the axes. `sums`, where they are known, save finding them; they are not differentiated."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: bool) -> Array:
+    """Softmax over the axes. `sums`, where they are known, save finding them; they are not differentiated.
+
+    Our own exponential takes less time than XLA's, but not in what is then `summed`.
+    """
     if all(x.shape[a] == 1 for a in axis):
         # One class takes everything, exactly: e·(1/e), as XLA divides, can round to less than 1.
         return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
-    if sums is None:
-        peak = finite(widen(maximum(x, axis)))
-        e = exponentials(widen(x), peak, t)
-        sum_of_all = total(e, axis)
-    else:
+
+    def about_maximum(x: Array, _: Any) -> Array:
+        sums, e = maximum_and_total(x, t, axis)
+        return over_total(e, sums.total)
+
+    # Beside a sum of XLA's exponentials, one of ours may be more than the whole.
+    def about_zero(x: Array, total: Array) -> Array:
+        return jnp.minimum(exp(widen(x)) / total, 1)
+
+    if sums is not None:
         # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
-        peak, sum_of_all, _ = lax.optimization_barrier(sums)
-        # XLA has more than one exponential on CPU: beside another one's sum, this one may be more than the whole.
-        e = jnp.minimum(exponentials(widen(x), peak, t), sum_of_all / scale(class_count(x, axis)))
-    return over_total(e, sum_of_all, peak, t).astype(x.dtype)
+        shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
+        y = jnp.minimum(over_total(exponentials(widen(x), shift, t, jnp.exp if summed else exp), total), 1)
+    elif t is not None or summed or in_one_kernel(x, axis):
+        y = about_maximum(x, None)
+    else:
+        total, in_range = total_unshifted(x, axis)
+        y = unless_all(in_range, about_maximum, about_zero, x, total)
+    return y.astype(x.dtype)
 
 
-def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes) -> Any:
-    y = _softmax(x, t, sums, axis)
+def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: bool) -> Any:
+    y = _softmax(x, t, sums, axis, summed)
     return y, (y, t)
 
 
-def _softmax_bwd(axis: Axes, residuals: Any, g: Array) -> Any:
+def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
     y, t = residuals
     dtype = y.dtype
-    y, g = certain(widen(y)), widen(g)
-    z = times_jacobian(y, g, lambda a: jnp.sum(a, axis, keepdims=True))
+    y = certain(widen(y))
+    z = times_jacobian(y, widen(g), lambda a: jnp.sum(a, axis, keepdims=True))
     if t is None:
         return z.astype(dtype), None, None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.
@@ -164,33 +180,38 @@ def log_softmax(
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis("axis", axis, x.ndim)
-    return _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes)[0]
+    return _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes, False)[0]
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, Sums]:
-    """Log-softmax over the axes, and the sums it is made of, as constants."""
-    sums = row_sums(x, t, axis)
-    # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide.
-    again, peak = lax.optimization_barrier((x, sums.peak))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _log_softmax(x: Array, t: Array | None, axis: Axes, keep: bool) -> tuple[Array, RowSums | None]:
+    """Log-softmax over the axes, and, to keep them, the sums it is made of, as constants."""
+    if in_one_kernel(x, axis) and not keep:
+        sums, again = None, x
+        peak, others = peak_and_others(x, t, axis)
+    else:
+        sums = row_sums(x, t, axis)
+        # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide.
+        again, peak, others = lax.optimization_barrier((x, sums.peak, sums.others))
     d = jnp.minimum(widen(again), peak) - peak
-    # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
-    # is 0 or −inf.
-    d = d * jnp.where(maximum(x, axis) == jnp.inf, peak, 1)
-    return ((d if t is None else d / t) - jnp.log1p(sums.others)).astype(x.dtype), sums
+    # Beside +inf, or the largest number, every other class is impossible. d is 0 or at least an ulp of that number, so
+    # the product is 0 or −inf.
+    largest = float(jnp.finfo(d.dtype).max)
+    d = d * (1 + jnp.maximum(jnp.floor(peak / largest), 0) * largest)
+    return ((d if t is None else d / t) - jnp.log1p(others)).astype(x.dtype), sums if keep else None
 
 
-def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
-    y, sums = _log_softmax(x, t, axis)
-    return (y, sums), (x, t, sums)
+def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes, keep: bool) -> Any:
+    y, sums = _log_softmax(x, t, axis, True)
+    return (y, sums if keep else None), (x, t, sums)
 
 
-def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
+def _log_softmax_bwd(axis: Axes, keep: bool, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
     g = cotangents[0]
 
-    def of_possible(x: Array, sums: Sums, g: Array) -> Array:
+    def of_possible(x: Array, sums: RowSums, g: Array) -> Array:
         # A result of −inf is constant. The factor is 0 where x is −inf and 1 elsewhere.
         largest = float(jnp.finfo(x.dtype).max)
         return widen(g) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
@@ -198,7 +219,7 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     v = without_mean(of_possible, x, t, sums, axis, g)
     if t is None:
         return v, None
-    log_p = _log_softmax(widen(x), t, axis)[0]
+    log_p = _log_softmax(widen(x), t, axis, False)[0]
     possible = log_p > -jnp.inf
     t_bar = -jnp.sum(jnp.where(possible, v * jnp.where(possible, log_p, 0), 0)) / t
     return (v / t).astype(x.dtype), t_bar
@@ -208,7 +229,7 @@ _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
 def without_mean(
-    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: Sums, axis: Axes, *operands: Array
+    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: RowSums, axis: Axes, *operands: Array
 ) -> Array:
     """ȳ − p Σ ȳ, with ȳ = `cotangent(x, sums, *operands)` for wide logits x; in the dtype of x if t is None.
 
@@ -218,20 +239,20 @@ def without_mean(
 
     # The Jacobian is I − 1 pᵀ. It is a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ
     # lost to rounding at the largest probability is Σ v, and the second time takes it off.
-    def once(p: Array, x: Array, sums: Sums, operands: Any) -> Array:
+    def once(p: Array, x: Array, sums: RowSums, operands: Any) -> Array:
         g = cotangent(x, sums, *operands)
         return g - p * jnp.sum(g, axis, keepdims=True)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def quick(x: Array, t: Array | None, sums: Sums, *operands: Array) -> Array:
+    def quick(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        return once(_softmax(x, t, sums, axis), x, sums, operands).astype(result)
+        return once(_softmax(x, t, Sums(sums.peak, sums.total), axis, True), x, sums, operands).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def exact(x: Array, t: Array | None, sums: Sums, *operands: Array) -> Array:
+    def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
         # Summed anew: XLA has more than one exponential function on CPU, and p must sum to 1 to the last bit.
-        p = certain(_softmax(x, t, None, axis))
+        p = certain(_softmax(x, t, None, axis, True))
         # The barrier keeps XLA from computing v twice, with a contraction here and without it there.
         v = lax.optimization_barrier(once(p, x, sums, operands))
         return (v - p * jnp.where(sums.others >= 1, 0, jnp.sum(v, axis, keepdims=True))).astype(result)

@@ -23,7 +23,7 @@ from jaxact._canonical import (
 )
 from jaxact._classes import AxisName, Classes, alike, at_index, counts, label_index
 from jaxact._cross_entropy import label_losses
-from jaxact._exponentials import Sums, row_sums, unless_all, widen
+from jaxact._exponentials import RowSums, row_sums, unless_all, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of
@@ -252,18 +252,18 @@ def _of_probabilities(
 
 @forward_mode
 @jax.custom_vjp
-def _soft_losses(x: Array, q: Array) -> tuple[Array, Sums]:
+def _soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     """−Σ q log p of each row, and the sums it is made of, as constants."""
     sums = row_sums(x, None, (x.ndim - 1,))
     largest, tiny = (float(a) for a in (jnp.finfo(sums.peak.dtype).max, jnp.finfo(sums.peak.dtype).tiny))
 
     # With m the maximum, −log p = (m − x) + log(1 + others), of two terms that are positive or 0. The minimum, as in
     # `exponentials`, keeps m − x from being contracted with what the logits are made of.
-    def quick(x: Array, q: Array, sums: Sums) -> Array:
+    def quick(x: Array, q: Array, sums: RowSums) -> Array:
         nll = (sums.peak - jnp.minimum(widen(x), sums.peak)) + jnp.log1p(sums.others)
         return jnp.sum(q.astype(nll.dtype) * nll, -1)
 
-    def exact(x: Array, q: Array, sums: Sums, loss: Array) -> Array:
+    def exact(x: Array, q: Array, sums: RowSums, loss: Array) -> Array:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
         # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA.
         nll = _distance(x, sums.peak) + jnp.log1p(sums.others)
@@ -293,13 +293,13 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     x, q, sums = residuals
     g = cotangents[0][..., None]
 
-    def of_log_p(x: Array, sums: Sums, g: Array, q: Array) -> Array:
+    def of_log_p(x: Array, sums: RowSums, g: Array, q: Array) -> Array:
         # That of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
         largest = float(jnp.finfo(sums.peak.dtype).max)
         possible = jnp.minimum(largest - jnp.minimum(_distance(x, sums.peak), largest), 1)
         return -g * (q.astype(g.dtype) * possible)
 
-    log_p = _log_softmax(widen(x), None, (x.ndim - 1,))[0]
+    log_p = _log_softmax(widen(x), None, (x.ndim - 1,), False)[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
     return without_mean(of_log_p, x, None, sums, (x.ndim - 1,), g, q).astype(x.dtype), q_bar.astype(q.dtype)
 
