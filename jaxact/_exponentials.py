@@ -68,7 +68,7 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
 def exponentials(x: Array, shift: Shift, t: Array | None, exp: Callable[[Array], Array] = jnp.exp) -> Array:
     # The minimum changes nothing but +inf. It keeps XLA from contracting the multiplication in `softmax(a * x)` with
     # the subtraction, after which the maximum would no longer be the largest (jax issue 37234).
-    d = jnp.minimum(x, shift.top) - shift.by
+    d = at_most(shift.top, x) - shift.by
     return exp(d) * shift.factor if t is None else exp(d / t)
 
 
@@ -87,7 +87,7 @@ def total_unshifted(x: Array, axis: Axes) -> tuple[Array, Array]:
 
 def over_total(e: Array, total: Array) -> Array:
     """Exponentials divided by their `total`; 0 where no class is left."""
-    return e / jnp.maximum(total, 2.0**-64)  # less than any other sum, which is at least the `factor` of the shift
+    return e / (total + 2.0**-100)  # which is lost in any other sum: that is at least the `factor` of the shift
 
 
 def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
@@ -101,7 +101,7 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
         # Below 1 this difference may have cancelled. But then no second class attains the maximum, and with weights
         # that are 0 at the maximum and 1 elsewhere the others can be summed by themselves.
         wide = widen(x)
-        weight = jnp.minimum((shift.top - jnp.minimum(wide, shift.top)) / float(jnp.finfo(wide.dtype).tiny), 1)
+        weight = at_most(1, (shift.top - at_most(shift.top, wide)) / float(jnp.finfo(wide.dtype).tiny))
         alone = jnp.sum(exponentials(wide, shift, t) * weight, axis, keepdims=True) / at_peak
         return jnp.where(all_but_one >= 1, all_but_one, alone)
 
@@ -109,17 +109,6 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
         return all_but_one
 
     return RowSums(*sums, if_dominated(all_but_one, exact, quick, x, shift, at_peak, all_but_one))
-
-
-def peak_and_others(x: Array, t: Array | None, axis: Axes) -> tuple[Array, Array]:
-    """The two that `row_sums` has, without a branch: in one kernel a sum more costs less than going through x again."""
-    peak = finite(widen(maximum(x, axis)))
-    d = jnp.minimum(widen(x), peak) - peak
-    # 0 where the maximum is attained and −1 elsewhere; its sum counts those places.
-    below = jnp.maximum(d * (1 / float(jnp.finfo(d.dtype).tiny)), -1)
-    places = jnp.sum(below, axis, keepdims=True) + class_count(x, axis)
-    alone = -jnp.sum(jnp.exp(d if t is None else d / t) * below, axis, keepdims=True)
-    return peak, alone + jnp.maximum(places - 1, 0)
 
 
 def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
@@ -135,9 +124,9 @@ def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[...,
     """`exact(*operands)`, for which `quick` may stand in where the condition holds throughout.
 
     On CPU a pass over the logits is what costs, and is left out where no row needs it. Elsewhere a branch on a value
-    that the device has computed may cost more than the pass, and so it does for a handful of numbers.
+    that the device has computed may cost more than the pass, and so it does for few numbers.
     """
-    if max(a.size for a in jax.tree.leaves(operands)) <= 64:
+    if max(a.size for a in jax.tree.leaves(operands)) <= 2**11:
         return exact(*operands)
 
     def on_cpu(*operands: Any) -> Any:
@@ -164,7 +153,7 @@ def certain(y: Array) -> Array:
     To subtract a mean twice leaves ε² of the largest entry where its probability is 1 − ε instead of 1, and that can
     exceed the small entries. Derivatives pass through unchanged.
     """
-    return jnp.maximum(y, jnp.floor(y + 2 * float(jnp.finfo(y.dtype).eps)))
+    return at_least(y, jnp.floor(y + 2 * float(jnp.finfo(y.dtype).eps)))
 
 
 certain.defjvp(lambda primals, tangents: (certain(*primals), *tangents))
@@ -191,10 +180,24 @@ def maximum(x: Array, axis: Axes) -> Array:
     return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
 
 
+def at_most(limit: ArrayLike, x: Array) -> Array:
+    """The minimum, with nan where x is nan, unless the limit is a constant.
+
+    The library of XLA for CPU loses a nan that is the first operand, and keeps one that is the second (constants come
+    second); and its reductions to a maximum lose any. A nan reaches its row through the sum of the exponentials.
+    """
+    return jnp.minimum(limit, x)
+
+
+def at_least(limit: ArrayLike, x: Array) -> Array:
+    """The maximum, with nan where x is nan, as in `at_most`."""
+    return jnp.maximum(limit, x)
+
+
 def finite(top: Array) -> Array:
     """The nearest finite number, so that ∞ − ∞ never occurs. Not `clip`, at which XLA for CPU splits the kernel."""
     largest = float(jnp.finfo(top.dtype).max)
-    return -jnp.maximum(-jnp.maximum(top, -largest), -largest)
+    return -at_least(-largest, -at_least(-largest, top))
 
 
 def class_count(x: Array, axis: Axes) -> int:

@@ -17,15 +17,17 @@ from jaxact._exponentials import (
     Axes,
     RowSums,
     Sums,
+    at_least,
+    at_most,
     certain,
     class_count,
     divisor,
     exponentials,
     if_dominated,
     in_one_kernel,
+    maximum,
     maximum_and_total,
     over_total,
-    peak_and_others,
     row_sums,
     shift_about,
     times_jacobian,
@@ -99,16 +101,16 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
         sums, e = maximum_and_total(x, t, axis)
         return over_total(e, sums.total)
 
-    # Beside a sum of XLA's exponentials, one of ours may be more than the whole.
+    # XLA has more than one exponential on CPU, and we have ours: beside a sum of another, one may exceed the whole.
     def about_zero(x: Array, total: Array) -> Array:
-        return jnp.minimum(exp(widen(x)) / total, 1)
+        return at_most(1, exp(widen(x)) / total)
 
     if sums is not None:
         # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
         shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
-        y = jnp.minimum(over_total(exponentials(widen(x), shift, t, jnp.exp if summed else exp), total), 1)
-    elif t is not None or summed or in_one_kernel(x, axis):
-        y = about_maximum(x, None)
+        y = over_total(at_most(total, exponentials(widen(x), shift, t, jnp.exp if summed else exp)), total)
+    elif t is not None or summed or x.size < 2**17 or in_one_kernel(x, axis):
+        y = about_maximum(x, None)  # which costs less than a branch
     else:
         total, in_range = total_unshifted(x, axis)
         y = unless_all(in_range, about_maximum, about_zero, x, total)
@@ -180,46 +182,41 @@ def log_softmax(
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis("axis", axis, x.ndim)
-    return _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes, False)[0]
+    return _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes)[0]
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _log_softmax(x: Array, t: Array | None, axis: Axes, keep: bool) -> tuple[Array, RowSums | None]:
-    """Log-softmax over the axes, and, to keep them, the sums it is made of, as constants."""
-    if in_one_kernel(x, axis) and not keep:
-        sums, again = None, x
-        peak, others = peak_and_others(x, t, axis)
-    else:
-        sums = row_sums(x, t, axis)
-        # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide.
-        again, peak, others = lax.optimization_barrier((x, sums.peak, sums.others))
-    d = jnp.minimum(widen(again), peak) - peak
-    # Beside +inf, or the largest number, every other class is impossible. d is 0 or at least an ulp of that number, so
-    # the product is 0 or −inf.
-    largest = float(jnp.finfo(d.dtype).max)
-    d = d * (1 + jnp.maximum(jnp.floor(peak / largest), 0) * largest)
-    return ((d if t is None else d / t) - jnp.log1p(others)).astype(x.dtype), sums if keep else None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]:
+    """Log-softmax over the axes, and the sums it is made of, as constants."""
+    sums = row_sums(x, t, axis)
+    # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide.
+    again, peak = lax.optimization_barrier((x, sums.peak))
+    d = at_most(peak, widen(again)) - peak
+    # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
+    # is 0 or −inf.
+    d = d * jnp.where(maximum(x, axis) == jnp.inf, peak, 1)
+    return ((d if t is None else d / t) - jnp.log1p(sums.others)).astype(x.dtype), sums
 
 
-def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes, keep: bool) -> Any:
-    y, sums = _log_softmax(x, t, axis, True)
-    return (y, sums if keep else None), (x, t, sums)
+def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
+    y, sums = _log_softmax(x, t, axis)
+    return (y, sums), (x, t, sums)
 
 
-def _log_softmax_bwd(axis: Axes, keep: bool, residuals: Any, cotangents: Any) -> Any:
+def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
     g = cotangents[0]
 
     def of_possible(x: Array, sums: RowSums, g: Array) -> Array:
         # A result of −inf is constant. The factor is 0 where x is −inf and 1 elsewhere.
         largest = float(jnp.finfo(x.dtype).max)
-        return widen(g) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
+        return widen(g) * at_most(1, at_least(-largest, x) + largest)
 
     v = without_mean(of_possible, x, t, sums, axis, g)
     if t is None:
         return v, None
-    log_p = _log_softmax(widen(x), t, axis, False)[0]
+    log_p = _log_softmax(widen(x), t, axis)[0]
     possible = log_p > -jnp.inf
     t_bar = -jnp.sum(jnp.where(possible, v * jnp.where(possible, log_p, 0), 0)) / t
     return (v / t).astype(x.dtype), t_bar

@@ -23,7 +23,7 @@ from jaxact._canonical import (
 )
 from jaxact._classes import AxisName, Classes, alike, at_index, counts, label_index
 from jaxact._cross_entropy import label_losses
-from jaxact._exponentials import RowSums, row_sums, unless_all, widen
+from jaxact._exponentials import RowSums, at_least, at_most, row_sums, unless_all, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of
@@ -260,16 +260,17 @@ def _soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     # With m the maximum, −log p = (m − x) + log(1 + others), of two terms that are positive or 0. The minimum, as in
     # `exponentials`, keeps m − x from being contracted with what the logits are made of.
     def quick(x: Array, q: Array, sums: RowSums) -> Array:
-        nll = (sums.peak - jnp.minimum(widen(x), sums.peak)) + jnp.log1p(sums.others)
+        nll = (sums.peak - at_most(sums.peak, widen(x))) + jnp.log1p(sums.others)
         return jnp.sum(q.astype(nll.dtype) * nll, -1)
 
     def exact(x: Array, q: Array, sums: RowSums, loss: Array) -> Array:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
         # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA.
         nll = _distance(x, sums.peak) + jnp.log1p(sums.others)
-        factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -largest)
-        loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
-        return jnp.where(sums.total[..., 0] == 0, 0, loss)
+        factor = -at_least(-largest, -at_least(1, nll * tiny))
+        loss = jnp.sum(q.astype(nll.dtype) * at_most(1 / tiny, nll) * factor, -1)
+        total = sums.total[..., 0]
+        return jnp.where(total == 0, 0, jnp.where(jnp.isnan(total), jnp.nan, loss))  # the limits may have lost a nan
 
     # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
     loss = quick(*lax.optimization_barrier((x, q, sums)))
@@ -281,7 +282,7 @@ def _distance(x: Array, peak: Array) -> Array:
     """Of logits from the maximum: infinite at −inf, and beside +inf or the largest number."""
     largest = float(jnp.finfo(peak.dtype).max)
     # The difference is 0 or at least an ulp of the largest number, so the product is 0 or infinite.
-    return (peak - jnp.minimum(widen(x), peak)) * jnp.where(peak == largest, largest, 1)
+    return (peak - at_most(peak, widen(x))) * jnp.where(peak == largest, largest, 1)
 
 
 def _soft_losses_fwd(x: Array, q: Array) -> Any:
@@ -296,10 +297,10 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     def of_log_p(x: Array, sums: RowSums, g: Array, q: Array) -> Array:
         # That of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
         largest = float(jnp.finfo(sums.peak.dtype).max)
-        possible = jnp.minimum(largest - jnp.minimum(_distance(x, sums.peak), largest), 1)
+        possible = at_most(1, largest - at_most(largest, _distance(x, sums.peak)))
         return -g * (q.astype(g.dtype) * possible)
 
-    log_p = _log_softmax(widen(x), None, (x.ndim - 1,), False)[0]
+    log_p = _log_softmax(widen(x), None, (x.ndim - 1,))[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
     return without_mean(of_log_p, x, None, sums, (x.ndim - 1,), g, q).astype(x.dtype), q_bar.astype(q.dtype)
 

@@ -1,0 +1,83 @@
+"""What holds of a few rows holds of many: XLA for CPU has other kernels for large arrays, and so have we."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import test_softmax
+
+import jaxact
+from jaxact import losses
+
+INF, NAN = float("inf"), float("nan")
+
+# Each a function of logits and labels with one value a row.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "softmax": lambda x, y: jaxact.softmax(x)[:, 0],
+    "softmax, temperature": lambda x, y: jaxact.softmax(x, temperature=2.0)[:, 0],
+    "log_softmax": lambda x, y: jaxact.log_softmax(x)[:, 0],
+    "log_softmax, temperature": lambda x, y: jaxact.log_softmax(x, temperature=2.0)[:, 0],
+    "logsumexp": lambda x, y: jaxact.logsumexp(x, -1),
+    "logsumexp, weighted": lambda x, y: jaxact.logsumexp(x, -1, b=jnp.ones_like(x)),
+    "integer labels": losses.softmax_cross_entropy_with_integer_labels,
+    "integer labels, options": lambda x, y: losses.softmax_cross_entropy_with_integer_labels(
+        x, y, label_smoothing=0.1, z_loss=0.1, logit_softcap=5.0
+    ),
+    "probabilities": lambda x, y: losses.softmax_cross_entropy(x, jax.nn.one_hot(y, x.shape[1], dtype=x.dtype)),
+    "binary": lambda x, y: losses.sigmoid_binary_cross_entropy(x, jnp.zeros_like(x)).sum(-1),
+    "focal": lambda x, y: losses.sigmoid_focal_loss(x, jnp.zeros_like(x)).sum(-1),
+    "head": lambda x, y: jaxact.linear_cross_entropy(x, jnp.eye(x.shape[1], dtype=x.dtype), y, reduction="none"),
+}
+ELEMENTWISE = ("binary", "focal")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(4096, 5), (4000, 8), (150, 1000), (128, 2048)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=shape), jnp.asarray(rng.integers(0, shape[1], shape[0]))
+    bad = np.arange(shape[0]) % 7 == 0
+    x[bad, rng.integers(0, shape[1], bad.sum())] = NAN
+    value, pull = jax.vjp(jax.jit(lambda x: FUNCTIONS[name](x, y)), jnp.asarray(x, dtype))
+    np.testing.assert_array_equal(np.isnan(np.asarray(value, np.float32)), bad)
+    slope = np.isnan(np.asarray(pull(jnp.ones_like(value))[0], np.float32))
+    # What has a class to itself has its derivative to itself as well.
+    np.testing.assert_array_equal(slope, np.isnan(x) if name in ELEMENTWISE else np.broadcast_to(bad[:, None], shape))
+
+
+# All triples of these: from what XLA loses or saturates to where the exponential of one over- or underflows.
+SPECIAL = [-INF, INF, NAN, 0.0, -0.0, 1.0, -1.0, 30.0, 63.0, 64.0, 88.7, -87.0, -104.0, 1000.0, -1000.0, 3e38]
+
+
+@pytest.mark.parametrize("rows", [500, 4095, 4096])
+def test_special_values_in_many_rows(rows: int) -> None:
+    x = np.array(list(itertools.product(SPECIAL, repeat=3)), np.float32)[:rows]
+    for name, limit in (("softmax", 6), ("log_softmax", 12)):  # as in test_softmax.py
+        got = getattr(jaxact, name)(x)
+        assert oracles.ulp_error(got, getattr(oracles, name)(x.astype(np.float64)), np.float32).max() <= limit, name
+    # m + log1p(others): each of the three roundings is relative to the larger of m and the result.
+    got, want = np.asarray(jaxact.logsumexp(x, axis=1), np.float64), oracles.logsumexp(x.astype(np.float64))
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got[~finite], want[~finite])
+    size = np.maximum(abs(want), abs(np.max(x, 1)))[finite]
+    assert (abs(got - want)[finite] <= 3 * 2.0**-24 * size).all()
+
+
+# On either side of where the sums need a shift: sums below 1 and above e⁶³; logarithms within 1 of 0.
+@pytest.mark.parametrize("offset", [0, -6.5, -7.4, -8, -9, -50, 40, 55.5, 56, 57, 70, 300])
+@pytest.mark.parametrize("shape", [(150, 1000), (4096, 50)])
+def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None:
+    x = np.float32(test_softmax.logits(1, *shape) + offset)
+    p = test_softmax.exact_value("softmax", x)
+    assert test_softmax.ulps(jaxact.softmax(x), p) <= 6  # as in test_softmax.py
+    value, pull = jax.vjp(lambda x: jaxact.logsumexp(x, axis=1), x)
+    assert test_softmax.ulps(pull(jnp.ones_like(value))[0], p) <= 6
+    want = oracles.logsumexp(x.astype(np.float64))
+    size = np.maximum(abs(want), abs(x.max(1)))
+    assert (abs(np.asarray(value, np.float64) - want) <= 3 * 2.0**-24 * size).all()  # as above
