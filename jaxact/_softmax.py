@@ -110,7 +110,7 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
         shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
         y = over_total(at_most(total, exponentials(widen(x), shift, t, jnp.exp if summed else exp)), total)
     elif t is not None or summed or x.size < 2**17 or in_one_kernel(x, axis):
-        y = about_maximum(x, None)  # which costs less than a branch
+        y = about_maximum(x, None)  # to find it takes less time than a branch
     else:
         total, in_range = total_unshifted(x, axis)
         y = unless_all(in_range, about_maximum, about_zero, x, total)
