@@ -37,7 +37,7 @@ ELEMENTWISE = ("binary", "focal")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(4096, 5), (4000, 8), (150, 1000), (128, 2048)])
+@pytest.mark.parametrize("shape", [(4096, 5), (150, 1000), (128, 2048)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], dtype: str) -> None:
     rng = np.random.default_rng(0)
