@@ -99,22 +99,21 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
 
     def about_maximum(x: Array, _: Any) -> Array:
         sums, e = maximum_and_total(x, t, axis)
-        return over_total(e, sums.total)
+        return over_total(e, sums.total).astype(x.dtype)
 
     # XLA has more than one exponential on CPU, and we have ours: beside a sum of another, one may exceed the whole.
     def about_zero(x: Array, total: Array) -> Array:
-        return at_most(1, exp(widen(x)) / total)
+        return at_most(1, exp(widen(x)) / total).astype(x.dtype)
 
     if sums is not None:
         # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
         shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
-        y = over_total(at_most(total, exponentials(widen(x), shift, t, jnp.exp if summed else exp)), total)
-    elif t is not None or summed or x.size < 2**17 or in_one_kernel(x, axis):
-        y = about_maximum(x, None)  # to find it takes less time than a branch
-    else:
-        total, in_range = total_unshifted(x, axis)
-        y = unless_all(in_range, about_maximum, about_zero, x, total)
-    return y.astype(x.dtype)
+        e = exponentials(widen(x), shift, t, jnp.exp if summed else exp)
+        return over_total(at_most(total, e), total).astype(x.dtype)
+    if t is not None or summed or x.size < 2**17 or in_one_kernel(x, axis):
+        return about_maximum(x, None)  # to find it takes less time than a branch
+    total, in_range = total_unshifted(x, axis)
+    return unless_all(in_range, about_maximum, about_zero, x, total)
 
 
 def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: bool) -> Any:
