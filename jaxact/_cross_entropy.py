@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, varying
 from jaxact._elementary import exp
-from jaxact._exponentials import at_least, at_most, certain, finite, times_jacobian, unless_all
+from jaxact._exponentials import at_most, certain, finite, times_jacobian, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._options import Adjustment, Losses
 
@@ -31,7 +31,7 @@ class LabelSums(NamedTuple):
     @property
     def total(self) -> Array:
         """At least 1, but for a row in which no class is left: there it would be 0."""
-        return at_least(1, self.at_label + self.others)
+        return jnp.maximum(self.at_label + self.others, 1)
 
 
 def elsewhere(z: Array, y: Array) -> Array:
@@ -223,7 +223,7 @@ def _probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
     # The minimum changes +inf alone, from which no shift can be taken. Behind the barrier XLA computes the exponentials
     # again instead of keeping them from where they were summed.
     shift, total = lax.optimization_barrier((sums.shift, sums.total))
-    d = at_most(float(jnp.finfo(z.dtype).max), z) - shift
+    d = jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift
     return (jnp.exp(d) if classes.lean else exp(d)) / total
 
 
@@ -242,7 +242,7 @@ _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
-    return (at_most(float(jnp.finfo(z.dtype).max), z) - sums.shift) - jnp.log(sums.total)
+    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
 
 
 def _log_probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> Any:

@@ -101,7 +101,7 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
         # Below 1 this difference may have cancelled. But then no second class attains the maximum, and with weights
         # that are 0 at the maximum and 1 elsewhere the others can be summed by themselves.
         wide = widen(x)
-        weight = at_most(1, (shift.top - at_most(shift.top, wide)) / float(jnp.finfo(wide.dtype).tiny))
+        weight = jnp.minimum((shift.top - at_most(shift.top, wide)) / float(jnp.finfo(wide.dtype).tiny), 1)
         alone = jnp.sum(exponentials(wide, shift, t) * weight, axis, keepdims=True) / at_peak
         return jnp.where(all_but_one >= 1, all_but_one, alone)
 
@@ -153,7 +153,7 @@ def certain(y: Array) -> Array:
     To subtract a mean twice leaves ε² of the largest entry where its probability is 1 − ε instead of 1, and that can
     exceed the small entries. Derivatives pass through unchanged.
     """
-    return at_least(y, jnp.floor(y + 2 * float(jnp.finfo(y.dtype).eps)))
+    return jnp.maximum(y, jnp.floor(y + 2 * float(jnp.finfo(y.dtype).eps)))
 
 
 certain.defjvp(lambda primals, tangents: (certain(*primals), *tangents))
@@ -180,24 +180,19 @@ def maximum(x: Array, axis: Axes) -> Array:
     return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
 
 
-def at_most(limit: ArrayLike, x: Array) -> Array:
-    """The minimum, with nan where x is nan, unless the limit is a constant.
+def at_most(limit: Array, x: Array) -> Array:
+    """The minimum, and nan where x is nan.
 
-    The library of XLA for CPU loses a nan that is the first operand, and keeps one that is the second (constants come
-    second); and its reductions to a maximum lose any. A nan reaches its row through the sum of the exponentials.
+    `minimum(x, limit)` is not: in the library of XLA for CPU the second operand wins, as a constant does in either
+    place, and a reduction to a maximum passes over nan. It reaches its row through the sum of the exponentials.
     """
     return jnp.minimum(limit, x)
-
-
-def at_least(limit: ArrayLike, x: Array) -> Array:
-    """The maximum, with nan where x is nan, as in `at_most`."""
-    return jnp.maximum(limit, x)
 
 
 def finite(top: Array) -> Array:
     """The nearest finite number, so that ∞ − ∞ never occurs. Not `clip`, at which XLA for CPU splits the kernel."""
     largest = float(jnp.finfo(top.dtype).max)
-    return -at_least(-largest, -at_least(-largest, top))
+    return -jnp.maximum(-jnp.maximum(top, -largest), -largest)
 
 
 def class_count(x: Array, axis: Axes) -> int:

@@ -17,7 +17,6 @@ from jaxact._exponentials import (
     Axes,
     RowSums,
     Sums,
-    at_least,
     at_most,
     certain,
     class_count,
@@ -103,7 +102,7 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
 
     # XLA has more than one exponential on CPU, and we have ours: beside a sum of another, one may exceed the whole.
     def about_zero(x: Array, total: Array) -> Array:
-        return at_most(1, exp(widen(x)) / total).astype(x.dtype)
+        return jnp.minimum(exp(widen(x)) / total, 1).astype(x.dtype)
 
     if sums is not None:
         # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
@@ -210,7 +209,7 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     def of_possible(x: Array, sums: RowSums, g: Array) -> Array:
         # A result of −inf is constant. The factor is 0 where x is −inf and 1 elsewhere.
         largest = float(jnp.finfo(x.dtype).max)
-        return widen(g) * at_most(1, at_least(-largest, x) + largest)
+        return widen(g) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
 
     v = without_mean(of_possible, x, t, sums, axis, g)
     if t is None:

@@ -23,7 +23,7 @@ from jaxact._canonical import (
 )
 from jaxact._classes import AxisName, Classes, alike, at_index, counts, label_index
 from jaxact._cross_entropy import label_losses
-from jaxact._exponentials import RowSums, at_least, at_most, row_sums, unless_all, widen
+from jaxact._exponentials import RowSums, at_most, row_sums, unless_all, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of
@@ -267,8 +267,8 @@ def _soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
         # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA.
         nll = _distance(x, sums.peak) + jnp.log1p(sums.others)
-        factor = -at_least(-largest, -at_least(1, nll * tiny))
-        loss = jnp.sum(q.astype(nll.dtype) * at_most(1 / tiny, nll) * factor, -1)
+        factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -largest)
+        loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
         total = sums.total[..., 0]
         return jnp.where(total == 0, 0, jnp.where(jnp.isnan(total), jnp.nan, loss))  # the limits may have lost a nan
 
@@ -297,7 +297,7 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     def of_log_p(x: Array, sums: RowSums, g: Array, q: Array) -> Array:
         # That of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
         largest = float(jnp.finfo(sums.peak.dtype).max)
-        possible = at_most(1, largest - at_most(largest, _distance(x, sums.peak)))
+        possible = jnp.minimum(largest - jnp.minimum(_distance(x, sums.peak), largest), 1)
         return -g * (q.astype(g.dtype) * possible)
 
     log_p = _log_softmax(widen(x), None, (x.ndim - 1,))[0]
