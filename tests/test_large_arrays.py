@@ -55,9 +55,22 @@ def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], d
 SPECIAL = [-INF, INF, NAN, 0.0, -0.0, 1.0, -1.0, 30.0, 63.0, 64.0, 88.7, -87.0, -104.0, 1000.0, -1000.0, 3e38]
 
 
+TRIPLES = np.array(list(itertools.product(SPECIAL, repeat=3)), np.float32)
+
+
+@pytest.mark.parametrize("name", [*list(FUNCTIONS)[:5], "integer labels", "probabilities"])
+def test_a_nan_beside_infinities(name: str) -> None:
+    value, pull = jax.vjp(jax.jit(lambda x: FUNCTIONS[name](x, jnp.arange(len(x)) % 3)), TRIPLES)
+    bad = np.isnan(TRIPLES).any(1)
+    np.testing.assert_array_equal(np.isnan(value), bad)
+    slope = np.isnan(pull(jnp.ones_like(value))[0])
+    assert not slope[~bad].any()
+    assert (slope | (TRIPLES == -INF))[bad].all()  # a class that does not exist may have no derivative
+
+
 @pytest.mark.parametrize("rows", [500, 4095, 4096])
 def test_special_values_in_many_rows(rows: int) -> None:
-    x = np.array(list(itertools.product(SPECIAL, repeat=3)), np.float32)[:rows]
+    x = TRIPLES[:rows]
     for name, limit in (("softmax", 6), ("log_softmax", 12)):  # as in test_softmax.py
         got = getattr(jaxact, name)(x)
         assert oracles.ulp_error(got, getattr(oracles, name)(x.astype(np.float64)), np.float32).max() <= limit, name
