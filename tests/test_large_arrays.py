@@ -53,8 +53,6 @@ def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], d
 
 # All triples of these: from what XLA loses or saturates to where the exponential of one over- or underflows.
 SPECIAL = [-INF, INF, NAN, 0.0, -0.0, 1.0, -1.0, 30.0, 63.0, 64.0, 88.7, -87.0, -104.0, 1000.0, -1000.0, 3e38]
-
-
 TRIPLES = np.array(list(itertools.product(SPECIAL, repeat=3)), np.float32)
 
 
