@@ -42,7 +42,7 @@ class RowSums(NamedTuple):
     others: Array  # Σ e^{(xⱼ − m)/t} over all j but one at which m is attained; 0 where no class is left
 
 
-UNSHIFTED = 63.0  # up to here, a positive maximum needs no shift
+UNSHIFTED = 63.0  # a maximum between 0 and this needs neither a shift nor a factor
 
 
 def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
