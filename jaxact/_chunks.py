@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxact._classes import AxisName, Classes, at_index, vary, varying
 from jaxact._cross_entropy import entropy, label_losses, logit_cotangent, predicted
-from jaxact._forward_mode import forward_mode
+from jaxact._forward_mode import forward_mode, of_moving
 from jaxact._options import Adjustment, Losses, Options
 
 CHUNK_BYTES = 2**25  # of logits that are held at a time, at least, by default
@@ -94,29 +96,40 @@ def _total_bwd(how: How, residuals: Any, g: Array) -> Any:
 weighted_total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 
 
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attached(how: How, operands: Operands, tokens: Tokens, rows: Rows) -> Rows:
     """What is known of the rows, with its derivatives."""
     return rows
 
 
-def _attached_fwd(how: How, *arguments: Any) -> Any:
-    moving, (operands, tokens, rows) = _asked_for(arguments[0]), _values(arguments)
-    # None tells what is asked for from what is not: a residual must be an array.
-    asked = jax.tree.map(lambda a, m: a if m else None, operands, moving)
-    return rows, (asked, operands, tokens)
+@functools.partial(attached.defjvp, symbolic_zeros=True)
+def _attached_jvp(how: How, primals: Any, tangents: Any) -> Any:
+    # As by `forward_mode`, the pushforward is the transposed backward pass: but that of each chunk. In the transpose of
+    # their loop, the tangents of w would be a carry, of which the next derivative keeps one for every chunk. Here they
+    # are a constant, and where JAX transposes this loop, the gradient is summed as it is in `sweep`.
+    operands, tokens, rows = primals
+    moving = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents[0])
+    asked = jax.tree.map(lambda t, m: t if m else None, tangents[0], moving)
+    samples = _samples(operands)
+    operands, zeros = _accumulators(how, operands, tokens, rows, moving)
+    (pushed,) = jax.linear_transpose(lambda gradients: _cotangents(how, gradients, samples), zeros)(asked)
+    of_all, zeros = pushed._replace(x=None), zeros._replace(x=None)
 
+    def step(nothing: None, inputs: Any) -> Any:
+        x, tokens, x_dot, rows = inputs
 
-def _attached_bwd(how: How, residuals: Any, g: Rows) -> Any:
-    asked, operands, tokens = residuals
-    tree: Any = jax.tree.structure(operands)
-    moving = tree.unflatten([a is not None for a in tree.flatten_up_to(asked)])
-    _, gradients = sweep(how, operands, tokens, g._replace(predicted=None), moving)
-    return _cotangents(how, gradients, _samples(operands)), None, None
+        def backward(g: Rows) -> Any:
+            sums, (_, x_bar) = _chunk(how, operands._replace(x=x), tokens, g, moving, zeros)
+            return sums, x_bar
 
+        (rows_dot,) = jax.linear_transpose(backward, rows)((of_all, x_dot))
+        return nothing, rows_dot
 
-attached.defvjp(_attached_fwd, _attached_bwd, symbolic_zeros=True)
+    floats = rows._replace(predicted=None)
+    _, rows_dot = _in_chunks(how, step, None, operands, (operands.x, tokens, pushed.x, floats))
+    if how.extras:
+        rows_dot = rows_dot._replace(predicted=np.zeros(rows.loss.shape, jax.dtypes.float0))
+    return rows, rows_dot
 
 
 def _asked_for(arguments: Any) -> Any:
@@ -162,55 +175,86 @@ def along(prefix: Any, tree: Any) -> list[Any]:
     return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
 def sweep(how: How, operands: Operands, tokens: Tokens, g: Rows | None = None, moving: Any = None) -> tuple[Rows, Any]:
-    """The rows and, where their cotangents are given, the cotangents of the operands asked for, None for the others.
+    """The rows and, where their cotangents are given, the cotangents of the operands asked for, None for the others."""
+    return _sweep(how, moving, operands, tokens, g)
 
-    Chunk i takes tokens i, i + count, i + 2·count, ...: where tokens are sharded over devices, each device then has its
-    part of every chunk. What is left over makes a smaller chunk, so that no padding enters any sum.
-    """
-    n = operands.x.shape[0]
-    size = min(how.chunk or _chunk_size(n, operands.x.shape[1], operands.w.size), max(n, 1))
-    count = n // size
-    inputs = (operands.x, tokens, g)
-    split = jax.tree.map(lambda a: a[: size * count].reshape(size, count, *a.shape[1:]).swapaxes(0, 1), inputs)
-    rest = jax.tree.map(lambda a: a[size * count :], inputs)
 
-    # Checkpointed, since what derivatives of higher order and transposition save of a step, they save for all steps.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+@functools.partial(sweep.defjvp, symbolic_zeros=True)
+def _sweep_jvp(how: How, moving: Any, primals: Any, tangents: Any) -> Any:
+    # Where a step holds one array of logits, its derivative holds some five.
+    fine = how._replace(chunk=_quarter(how, primals[0]))
+    f, values, of_values = of_moving(lambda *arrays: _sweep(fine, moving, *arrays), primals, tangents)
+    return jax.jvp(f, (values,), (of_values,))
+
+
+def _sweep(how: How, moving: Any, operands: Operands, tokens: Tokens, g: Rows | None) -> tuple[Rows, Any]:
+    moving = jax.tree.map(lambda a: False, operands) if moving is None else moving
+    operands, zeros = _accumulators(how, operands, tokens, g, moving)
+
     def step(sums: Any, inputs: Any) -> Any:
         x, tokens, g = inputs
         return _chunk(how, operands._replace(x=x), tokens, g, moving, sums)
 
+    sums, (rows, x_bar) = _in_chunks(how, step, zeros._replace(x=None), operands, (operands.x, tokens, g))
+    return rows, sums._replace(x=x_bar)
+
+
+def _accumulators(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving: Any) -> tuple[Operands, Any]:
+    """The operands as a loop takes them, and zeros for the cotangents of those asked for."""
     # Inside `shard_map`, cotangents are summed over devices at the end. What differs between them must say so, or JAX
     # would sum those of the options in every step.
     of_rows = frozenset[Any]().union(*map(varying, jax.tree.leaves((operands.x, tokens.live, g))))
     of_all = of_rows | varying(operands.w)
-    prefix = Operands(of_rows, of_all, of_all, Options(of_all, of_rows, of_rows, of_all, of_all))
+    prefix = Operands(of_all, of_all, of_all, Options(of_all, of_rows, of_rows, of_all, of_all))
     axes = jax.tree.broadcast(prefix, operands)
     operands = operands._replace(options=jax.tree.map(vary, operands.options, axes.options))
-    sums = jax.tree.map(
-        lambda a, m, axes: (
-            vary(jnp.zeros(jnp.shape(a), jnp.promote_types(how.accum_dtype, jnp.result_type(a))), axes) if m else None
-        ),
-        operands._replace(x=None),
-        jax.tree.map(lambda a: False, operands)._replace(x=None) if moving is None else moving._replace(x=None),
-        axes._replace(x=None),
-    )
+
+    def zeros(a: Array, m: bool, axes: frozenset[Any]) -> Array | None:
+        dtype = jnp.promote_types(how.accum_dtype, jnp.result_type(a))
+        return vary(jnp.zeros(jnp.shape(a), dtype), axes) if m else None
+
+    return operands, jax.tree.map(zeros, operands, moving, axes)
+
+
+def _in_chunks(how: How, step: Any, sums: Any, operands: Operands, inputs: Any) -> tuple[Any, Any]:
+    """As `lax.scan`, of a step that takes and returns a chunk of tokens.
+
+    Chunk i takes tokens i, i + count, i + 2·count, ...: where tokens are sharded over devices, each device then has its
+    part of every chunk. What is left over makes a smaller chunk, so that no padding enters any sum.
+    """
+    n, size = operands.x.shape[0], _size(how, operands)
+    count = n // size
+    split = jax.tree.map(lambda a: a[: size * count].reshape(size, count, *a.shape[1:]).swapaxes(0, 1), inputs)
+    rest = jax.tree.map(lambda a: a[size * count :], inputs)
+    # Checkpointed, since what derivatives of higher order and transposition save of a step, they save for all steps.
+    step = jax.checkpoint(step, prevent_cse=False)
     # Under checkpoint too: JAX 0.10 forgets custom rules, and with them second derivatives, in the part of a loop that
     # it takes to be known.
     loop = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
-    sums, (rows, x_bar) = loop(sums, split)
-    rows, x_bar = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(size * count, *a.shape[2:]), (rows, x_bar))
+    sums, rows = loop(sums, split)
+    rows = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(size * count, *a.shape[2:]), rows)
     if size * count < n:
         sums, last = step(sums, rest)
-        rows, x_bar = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (rows, x_bar), last)
-    return rows, sums._replace(x=x_bar)
+        rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, last)
+    return sums, rows
 
 
-def _chunk_size(n: int, features: int, weights: int) -> int:
-    """The number of tokens in a chunk, by default."""
+def _size(how: How, operands: Operands) -> int:
+    """The number of tokens in a chunk."""
+    n, features = operands.x.shape
+    if how.chunk:
+        return min(how.chunk, max(n, 1))
     # With every chunk the gradient of w is read and written. Beside it, somewhat less for logits is not much.
-    most = max(CHUNK_BYTES * features // (4 * max(weights, 1)), features * 13 // 16, 1)
+    return _even(n, max(CHUNK_BYTES * features // (4 * max(operands.w.size, 1)), features * 13 // 16, 1))
+
+
+def _quarter(how: How, operands: Operands) -> int:
+    return _even(operands.x.shape[0], max(_size(how, operands) // 4, 1))
+
+
+def _even(n: int, most: int) -> int:
     least = -(-n // most)
     # What is left over takes memory of its own: rather somewhat smaller chunks, if they leave nothing.
     return n // next((count for count in range(least, 2 * least) if n % count == 0), least) if n else 1

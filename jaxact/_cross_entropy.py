@@ -5,6 +5,7 @@ itself, and with it everything that would cancel: the loss is log1p of it, and 1
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,6 @@ from jaxact._elementary import exp
 from jaxact._exponentials import at_most, certain, finite, times_jacobian, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._options import Adjustment, Losses
-
-BLOCK = 128  # classes that are summed together in a long row
 
 
 class LabelSums(NamedTuple):
@@ -36,15 +35,17 @@ class LabelSums(NamedTuple):
 
 def elsewhere(z: Array, y: Array) -> Array:
     """0 at the label, 1 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
-    return jnp.minimum(jnp.abs(_distance(z, y)), 1).astype(compute_dtype(z.dtype))
+    # Behind a barrier the places are an operand: an iota inside of a kernel that sums may, in XLA of JAX 0.12, get
+    # values made for another shape.
+    places = lax.optimization_barrier(_places(z))
+    distance = places - y[..., None].astype(places.dtype)
+    return jnp.minimum(jnp.abs(distance), 1).astype(compute_dtype(z.dtype))
 
 
-def _distance(z: Array, y: Array) -> Array:
-    """From the label, in places."""
-    # Beyond 2²⁴ not every whole number is a float32.
-    dtype = compute_dtype(z.dtype) if z.shape[-1] <= 2**24 else jnp.int32
-    # One row of places: JAX moves out of a loop what is the same in every step, and then keeps it.
-    return jnp.arange(z.shape[-1], dtype=dtype) - y[..., None].astype(dtype)
+def _places(z: Array) -> Array:
+    # Beyond 2²⁴ not every whole number is a float32. One row: JAX moves out of a loop what is the same in every step,
+    # and then keeps it.
+    return jnp.arange(z.shape[-1], dtype=compute_dtype(z.dtype) if z.shape[-1] <= 2**24 else jnp.int32)
 
 
 def at_label(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
@@ -64,16 +65,22 @@ def _whole(x: Array, classes: Classes) -> bool:
     return classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
 
 
-def _in_blocks(x: Array, adjust: Adjustment, y: Array, shift: Array) -> Array:
-    """The sum of e^{z − shift} but at the label: of long rows on CPU in two thirds of the time of a sum with a mask.
+def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
+    """The sum of eᶻ but at the label.
 
-    Only the label's block needs one.
+    On CPU a mask adds half to the time of a sum, and more than doubles it in rows of more than 2¹⁵. So a row is folded,
+    about 16 times: the sum across the folds needs none, but only what comes of it, and the label's place in each fold.
     """
-    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
-    own = jnp.take_along_axis(blocks, (y // BLOCK)[..., None, None], -2, mode="clip")[..., 0, :]
-    sums = jnp.sum(jnp.exp(adjust(blocks) - shift[..., None]), -1) * elsewhere(blocks[..., 0], y // BLOCK)
-    at_own = jnp.exp(adjust(own) - shift) * elsewhere(own, y % BLOCK)
-    return jnp.sum(sums, -1, keepdims=True) + jnp.sum(at_own, -1, keepdims=True)
+    count = x.shape[-1]
+    folds = [n for n in range(4, count // 256 + 1) if count % n == 0]
+    if not folds or not _whole(x, classes):
+        return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y))
+    folded = x.reshape(*x.shape[:-1], min(folds, key=lambda n: abs(math.log(n / 16))), -1)
+    place, fold = y % folded.shape[-1], y // folded.shape[-1]
+    own = jnp.take_along_axis(folded, place[..., None, None], -1, mode="clip")[..., 0]
+    across = jnp.sum(jnp.exp(adjust(folded)), -2)
+    at_place = jnp.sum(jnp.exp(adjust(own)) * elsewhere(own, fold), -1, keepdims=True)
+    return jnp.sum(across * elsewhere(across, place), -1, keepdims=True) + at_place
 
 
 def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
@@ -95,16 +102,16 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
 
     if classes.lean:
         return z_y, about_maximum(x, y, z_y, z_y)
-    # About the label, no maximum need be found first, as long as nothing overflows: until the loss is 87.
-    shift = finite(z_y)
-    if _whole(x, classes) and x.shape[-1] % BLOCK == 0 and x.shape[-1] >= 16 * BLOCK:
-        others = _in_blocks(x, adjust, y, shift)
-    else:
-        others = classes.sum(jnp.exp(adjust(x) - shift) * elsewhere(x, y))
-    in_range = (others < float(jnp.finfo(others.dtype).max) / 4) & (z_y > -jnp.inf)
+    # To sum the exponentials as they are takes no maximum and rounds no logit. Divided by the label's they are what is
+    # wanted, unless they overflow, or so little is left that what was flushed counts.
+    others = _others(x, adjust, y, classes)
+    largest = float(jnp.finfo(others.dtype).max)
+    root = exp(jnp.minimum(-z_y / 2, math.floor(math.log(largest) - 0.5)))
+    about_z_y = (others * root) * root
+    in_range = (others > 2.0**-80) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
     if live is not None:
         in_range |= ~live[..., None]
-    return z_y, unless_all(in_range, about_maximum, about_label, x, y, z_y, others)
+    return z_y, unless_all(in_range, about_maximum, about_label, x, y, z_y, about_z_y)
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
@@ -155,8 +162,10 @@ def _label_losses_fwd(
 
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, sums = residuals
-    # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed.
-    x = lax.optimization_barrier(x)
+    if not classes.lean:
+        # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed. But in
+        # second derivatives it then also keeps probabilities twice.
+        x = lax.optimization_barrier(x)
     if live is not None and adjust != Adjustment(None, None):
         x = jnp.where(live[..., None], x, 0)  # 0 times nan, otherwise, in the derivatives of the adjustment
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
@@ -191,7 +200,8 @@ def logit_cotangent(
         g_lse = g_lse + g_each * heavy
     p = _probabilities(classes, z, sums)
     # Nor is it to keep the distances.
-    here = _distance(z, lax.optimization_barrier(y)) == 0
+    places = _places(z)
+    here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
     z_bar = jnp.where(here, g_lse * jnp.exp(-nll) - g_nll * _complement(nll), (g_nll + g_lse) * p)
     weights_bar = None
     if weights is not None:

@@ -90,18 +90,25 @@ def _bind_static(f: jax.custom_vjp, static: list[Any], count: int) -> Callable[.
     return bound
 
 
-def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+def of_moving(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Callable[..., Any], list[Any], list[Any]]:
+    """`f` as a function of the leaves that have a tangent, with their values and tangents."""
     tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
-    out_tree: Any
     leaves, tree = jax.tree.flatten(primals)
     tangent_leaves = tree.flatten_up_to(tangents)
     moves = [not isinstance(t, SymbolicZero) for t in tangent_leaves]
 
-    def of_moving(moving: list[Any]) -> Any:
+    def f_of_moving(moving: list[Any]) -> Any:
         rest = iter(moving)
-        return bound(*tree.unflatten(next(rest) if m else leaf for m, leaf in zip(moves, leaves, strict=True)))
+        return f(*tree.unflatten(next(rest) if m else leaf for m, leaf in zip(moves, leaves, strict=True)))
 
-    out, vjp = jax.vjp(of_moving, [leaf for m, leaf in zip(moves, leaves, strict=True) if m])
+    values, of_values = ([a for m, a in zip(moves, all, strict=True) if m] for all in (leaves, tangent_leaves))
+    return f_of_moving, values, of_values
+
+
+def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    out_tree: Any
+    f_of_moving, values, moving_tangents = of_moving(bound, primals, tangents)
+    out, vjp = jax.vjp(f_of_moving, values)
     out_leaves, out_tree = jax.tree.flatten(out)
     is_float = [jnp.issubdtype(jnp.result_type(y), jnp.inexact) for y in out_leaves]
 
@@ -112,7 +119,6 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
         return vjp(out_tree.unflatten(_with_float0(out_leaves, is_float, float_cotangents)))[0]
 
     transpose = jax.linear_transpose(backward, [y for y, inexact in zip(out_leaves, is_float, strict=True) if inexact])
-    moving_tangents = [t for m, t in zip(moves, tangent_leaves, strict=True) if m]
     try:
         (float_tangents,) = transpose(moving_tangents)
     except Exception:

@@ -75,7 +75,7 @@ def linear_cross_entropy(
         reduction: "mean" divides the sum by that of the weights, of token and class, of tokens that count, and is 0
             where that is 0; "sum"; or "none" for the loss of each token.
         chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or somewhat less than
-            what the gradient of `w` takes.
+            what the gradient of `w` takes. Second derivatives of "mean" and "sum" take a quarter of it.
         accum_dtype: what the products and the gradient of `w` are accumulated in; never narrower than `x`.
         precision: of the products, as for `jax.numpy.matmul`.
         axis_name: inside `shard_map`, the mesh axis over which V is split by hand: `w`, `bias` and `class_weight` are
@@ -227,6 +227,7 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
     weight = jnp.where(live, jnp.where(exists, weight, jnp.nan), 0)
     given = Operands(x.reshape(-1, x.shape[-1]), w, bias, options), Tokens(y, live)
     loss: Array
+    rows: Any
     if reduction == "none" or how.extras:
         rows = attached(how, *given, sweep(how, lax.stop_gradient(given[0]), given[1])[0])
     if reduction == "none":

@@ -1,6 +1,7 @@
 """What holds of a few rows holds of many: XLA for CPU has other kernels for large arrays, and so have we."""
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,23 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 ELEMENTWISE = ("binary", "focal")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(4096, 5), (150, 1000), (128, 2048)])
-@pytest.mark.parametrize("name", FUNCTIONS)
+# What has its kernels by rows is compiled otherwise for few classes, for many, and for blocks of them; in 16 bits each
+# number is widened first, and then the kernels are the same. What is elementwise has one kernel.
+SHAPES = [(4096, 5), (150, 1000), (128, 2048)]
+CASES = [
+    pytest.param(
+        name,
+        shape,
+        dtype,
+        marks=[]
+        if shape == (150, 1000) or (dtype == "float32" and name not in ELEMENTWISE)
+        else [pytest.mark.exhaustive],
+    )
+    for name, shape, dtype in itertools.product(FUNCTIONS, SHAPES, ["float32", "bfloat16"])
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
 def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], dtype: str) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=shape), jnp.asarray(rng.integers(0, shape[1], shape[0]))
@@ -93,3 +108,23 @@ def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None
     want = oracles.logsumexp(x.astype(np.float64))
     size = np.maximum(abs(want), abs(x.max(1)))
     assert (abs(np.asarray(value, np.float64) - want) <= 3 * 2.0**-24 * size).all()  # as above
+
+
+# XLA of JAX 0.12 keeps the values of an iota inside a kernel of its library and may give them to a later kernel of
+# another shape. When it was such an iota that said where the label is, up to half of the losses of 2048 classes were
+# wrong after other numbers of classes: in 30 of 160 programs, but which is a matter of addresses. So the test is that
+# there is none. In JAX 0.10 there is, and 160 programs showed no error.
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel of XLA for CPU")
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA removes the barrier, and has not the defect")
+@pytest.mark.parametrize("shape", [(2048, 300), (2048, 1024), (512, 2048), (64, 8192)])
+def test_no_kernel_of_the_library_counts_places(shape: tuple[int, int]) -> None:
+    x, y = jnp.zeros(shape), jnp.zeros(shape[0], int)
+    loss = losses.softmax_cross_entropy_with_integer_labels
+    text = jax.jit(jax.value_and_grad(lambda x: loss(x, y).sum())).lower(x).compile().as_text() or ""
+    kernels = re.findall(r"kind=kCustom, calls=(%[\w.]+)", text)
+    assert kernels
+    for kernel in kernels:
+        body = text[text.index(f"\n{kernel} (") :]
+        assert " iota(" not in body[: body.index("\n}")]
