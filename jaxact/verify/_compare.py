@@ -1,6 +1,7 @@
 """Products of a rule held against the oracle, element by element."""
 
 import dataclasses
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -73,6 +74,12 @@ def compare(
         unresolved |= ~oracle.credible
         wrong &= oracle.credible
     return Verdicts(got, product, base, wrong, unresolved & ~wrong, floor)
+
+
+def close(a: np.ndarray, b: np.ndarray, allowed: Any) -> np.ndarray:
+    """|a − b| ≤ allowed, or the same infinity, or nan in both."""
+    with np.errstate(all="ignore"):
+        return (np.abs(a - b) <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))
 
 
 def mutants(

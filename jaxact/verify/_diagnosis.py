@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxact.verify._compare import Verdicts
 from jaxact.verify._oracle import Oracle
-from jaxact.verify._problem import Problem, unravel
+from jaxact.verify._problem import Problem, product_along, unravel
 
 
 def explain(
@@ -124,8 +124,7 @@ def derivative_along(problem: Problem, f: Any, mode: str, vector: np.ndarray, dt
     def product(*args: Any) -> Any:
         leaves = jax.tree.leaves(args)
         floats, others = problem.spec.split(leaves)
-        flat = problem.spec.of_floats(f, others)
-        return jax.vjp(flat, *floats)[1](parts) if mode == "reverse" else jax.jvp(flat, floats, parts)[1]
+        return product_along(problem.spec.of_floats(f, others), mode, floats, parts)
 
     product.__name__ = f"derivative of {getattr(f, '__name__', 'f')}"
     return product

@@ -5,7 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxact.verify._compare import compare
+from jaxact.verify._compare import close, compare
 from jaxact.verify._diagnosis import apart
 from jaxact.verify._oracle import find_oracle
 from jaxact.verify._problem import Problem
@@ -36,8 +36,7 @@ def edge_points(session: Any, given: dict[float, float]) -> Check:
         for mode in session.modes:
             got = problem.products(mode, "eager", ones)[0]
             allowed = session.bound * problem.unit * np.abs(exact)
-            with np.errstate(all="ignore"):
-                wrong = ~((np.abs(got - exact) <= allowed) | (got == exact) | (np.isnan(got) & np.isnan(exact)))
+            wrong = ~close(got, exact, allowed)
             if wrong.any():
                 i = int(np.argmax(wrong))
                 return Check(

@@ -104,11 +104,11 @@ class Problem:
         return ravel([part.astype(np.float64) for part in unravel(vectors, shapes)])
 
     def value(self, variant: str = "eager") -> np.ndarray:
-        """f's value, called plainly, or under `jit`, or as the second of a batch of three under `vmap`."""
+        """f's value, called `eager`ly or under `jit`."""
         with self.precision():
             if variant == "eager":
                 return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
-            return ravel_one(compiled_value(self.f, self.spec, variant == "vmap", self.floats, self.others))
+            return ravel_one(compiled_value(self.f, self.spec, self.floats, self.others))
 
     def products(self, mode: str, variant: str, vectors: np.ndarray) -> np.ndarray:
         """Jᵀg or J v for each row, as `f`'s own rules have it, called `eager`ly or under a transformation."""
@@ -166,6 +166,11 @@ def ravel_one(leaves: Sequence[Any]) -> np.ndarray:
     return ravel([np.asarray(leaf)[None] for leaf in leaves])[0]
 
 
+def product_along(flat: Callable[..., Leaves], mode: str, floats: Leaves, vector: Leaves) -> Leaves:
+    """Jᵀg or J v of a function of float leaves."""
+    return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
+
+
 def eager_products(f: Any, spec: Spec, mode: str, _: str, floats: Leaves, others: Leaves, vectors: Leaves) -> Any:
     flat: Any = spec.of_floats(f, others)
     rows = [tuple(part[i] for part in vectors) for i in range(len(vectors[0]))]
@@ -177,33 +182,20 @@ def eager_products(f: Any, spec: Spec, mode: str, _: str, floats: Leaves, others
     return [np.stack([np.asarray(r[i]) for r in results]) for i in range(len(results[0]))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def compiled_value(f: Any, spec: Spec, batched: bool, floats: Leaves, others: Leaves) -> Leaves:
-    if not batched:
-        return spec.of_floats(f, others)(*floats)
-    three = tuple(jnp.stack([0.5 * x, x, -x]).astype(x.dtype) for x in floats)
-    return tuple(y[1] for y in jax.vmap(lambda *floats: spec.of_floats(f, others)(*floats))(*three))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def compiled_value(f: Any, spec: Spec, floats: Leaves, others: Leaves) -> Leaves:
+    return spec.of_floats(f, others)(*floats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def compiled_products(
     f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves
 ) -> Any:
-    """The products under jit, one after another; or under vmap over the arguments too; or of the checkpointed f."""
+    """The products under jit, one after another, of f or of the checkpointed f."""
     if variant == "remat":
         f = jax.checkpoint(f)
 
-    def product(floats: Leaves, others: Leaves, vector: Leaves) -> Any:
-        flat = spec.of_floats(f, others)
-        return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
-
-    if variant == "vmap":
-        # Between the rows, others that must not matter.
-        copies = tuple(jnp.stack([x, -x] * len(vectors[0])) for x in floats)
-        doubled = tuple(jnp.repeat(v, 2, axis=0) for v in vectors)
-        results = jax.vmap(lambda floats, vector: product(floats, others, vector))(copies, doubled)
-        return tuple(r[::2] for r in results)
-    return lax.map(lambda vector: product(floats, others, vector), vectors)
+    return lax.map(lambda vector: product_along(spec.of_floats(f, others), mode, floats, vector), vectors)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -212,9 +204,8 @@ def plain_products(
 ) -> Any:
     """The products by autodiff of what `f` computes; with `signs`, each operation rounded otherwise."""
 
-    def product(floats: Leaves, vector: Leaves) -> Any:
-        flat: Any = spec.of_floats(without_rules(f), others)
-        return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
+    def product(floats: Leaves, vector: Leaves) -> Leaves:
+        return product_along(spec.of_floats(without_rules(f), others), mode, floats, vector)
 
     if signs is not None:
         product = perturbed(product, signs)

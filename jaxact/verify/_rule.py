@@ -37,7 +37,9 @@ def rule(
         order: check derivatives up to this order.
         bound: k in |error| ≤ k·u·Σⱼ|Jᵢⱼ||gⱼ|, u the unit roundoff of the narrowest dtype. By default 8, to which is
             added what inputs off by 8 u would change; in float64, where the oracle is in float64 too, 1024.
-        transforms: under which to check beside plain calls: of "jit", "vmap", "remat".
+        transforms: under which to check beside plain calls: of "jit", "vmap", "remat". Under "vmap" `args` are rows of
+            a batch so large that XLA takes other kernels than for them alone. Others have a nan or ±inf in them; where
+            one is lost in the batch, a fact of the report says so, and the verdict remains.
         edges: for an elementwise function, where to check besides: ... for a sweep of all magnitudes and the special
             values; a dict from input to derivative; or None.
         directions: random directions beside the one-hot ones.

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxact.verify import _diagnosis as diagnosis
-from jaxact.verify._compare import Verdicts, compare, mutants
+from jaxact.verify._batch import in_a_batch
+from jaxact.verify._compare import Verdicts, close, compare, mutants
 from jaxact.verify._contract import check_contract, first_line, is_missing_mode, same_types
 from jaxact.verify._edges import edge_points
 from jaxact.verify._oracle import find_oracle, reference_value
@@ -48,7 +49,7 @@ class Session:
             return Report(self.subject, INCONCLUSIVE, reasons=("there is no element to check",))
         self.checks: list[Check] = []
         self.reasons: list[str] = []
-        self.witness = ""
+        self.witness = self.special = ""
         if not (self._formal() and self._find_modes()):
             return Report(self.subject, REFUTED, tuple(self.checks), tuple(self.reasons))
         self.rng = np.random.default_rng(self.seed)
@@ -65,6 +66,7 @@ class Session:
             self._edges()
             if self.order > 1:
                 self._higher()
+            self._vmap(results)
         facts = {
             "oracle": self.oracle.name,
             "bound": f"{self.bound:g} u = {self.bound * problem.unit:.3g} of Σ|J||g| ({problem.dtype})"
@@ -73,6 +75,7 @@ class Session:
             "modes": list(self.modes),
             "residual bytes": self._residual_bytes(),
             "power": f"{self.killed} of {self.made} mutants refuted; sees a relative error of {self.smallest:.2g}",
+            **({"nan and ±inf in a batch": self.special} if self.special else {}),
             "seed": self.seed,
         }
         verdict = verdict_of([c.verdict for c in self.checks])
@@ -109,23 +112,23 @@ class Session:
     def _primal(self) -> None:
         """Values: of the rules' forward passes, of f under transformations, of the reference."""
         problem = self.problem
-        value = problem.value()
+        self.value = value = problem.value()
         conditioning = 0.0
         if self.given_bound is None and self.oracle.layout.whole:
             conditioning = problem.unit * self.oracle.product("forward", np.abs(problem.x)[None]).size[0]
         tiny = float(ml_dtypes.finfo(problem.dtype).smallest_normal)
-        allowed = self.bound * (problem.unit * np.abs(value) + conditioning) + 4 * tiny
+        self.allowed = self.bound * (problem.unit * np.abs(value) + conditioning) + 4 * tiny
         others = {f"the {mode} rule's own primal": problem.primal_of(mode) for mode in self.modes}
-        for variant in set(self.transforms) & {"jit", "vmap"}:
+        if "jit" in self.transforms:
             try:
-                others[f"f under {variant}"] = problem.value(variant)
+                others["f under jit"] = problem.value("jit")
             except Exception as error:
-                self.reasons.append(f"f raises {type(error).__name__} under {variant}")
+                self.reasons.append(f"f raises {type(error).__name__} under jit")
         exact = reference_value(problem, self.reference) if self.knows_value and self.oracle.layout.whole else None
         if exact is not None:
             others["the reference"] = exact
         for name, other in sorted(others.items()):
-            wrong = ~_close(other, value, allowed)
+            wrong = ~close(other, value, self.allowed)
             if wrong.any():
                 i = int(np.argmax(wrong))
                 self.reasons.append(f"{name} is {other[i]:.6g} where f is {value[i]:.6g} (output {i})")
@@ -141,7 +144,7 @@ class Session:
         every = np.concatenate([dense, one_hot])
         self.points += len(every)
         found: dict[str, Verdicts] = {}
-        for variant in ("eager", *self.transforms):
+        for variant in ("eager", *(t for t in self.transforms if t != "vmap")):
             vectors = every if variant == "jit" else dense
             try:
                 got = problem.products(mode, variant, vectors)
@@ -269,6 +272,19 @@ class Session:
         if self.checks[-1].verdict == REFUTED:
             self.reasons.append(self.checks[-1].detail)
 
+    def _vmap(self, results: dict[str, tuple[np.ndarray, Verdicts]]) -> None:
+        if "vmap" not in self.transforms:
+            return
+        vectors = {mode: every[: self.directions] for mode, (every, _) in results.items()}
+        check, self.special = in_a_batch(self, vectors)
+        self.checks.append(check)
+        if self.checks[-1].verdict == REFUTED:
+            self.reasons.append(self.checks[-1].detail)
+
+    def right(self, what: str, vectors: np.ndarray, got: np.ndarray) -> np.ndarray:
+        """Which elements of values, or of products with the vectors, will do."""
+        return close(got, self.value, self.allowed) if what == "value" else ~self._compare(what, vectors, got).wrong
+
     def _higher(self) -> None:
         """The same for the derivative along a fixed vector, as a function of the arguments."""
         mode, name = self.modes[0], "order 2" if self.order == 2 else f"orders 2 to {self.order}"
@@ -302,11 +318,6 @@ class Session:
         worst = next((c.detail for c in report.checks if c.verdict == report.verdict), "")
         self.checks.append(Check(name, report.verdict, worst))
         self.reasons += [f"second derivative: {r}" for r in report.reasons]
-
-
-def _close(a: np.ndarray, b: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return (np.abs(a - b) <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))
 
 
 def _under(variant: str) -> str:

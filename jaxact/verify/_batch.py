@@ -1,0 +1,114 @@
+"""Rows of a large batch, for which XLA has other kernels than for small ones, and kernels that may lose a nan."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxact.verify import _exact
+from jaxact.verify._contract import first_line
+from jaxact.verify._diagnosis import apart
+from jaxact.verify._problem import Leaves, Problem, Spec, product_along, ravel, unravel
+from jaxact.verify._report import REFUTED, VERIFIED, Check
+
+# The fewest rows that show what is known of XLA for CPU: it finds the maximum of 4096 numbers or more, and the minimum
+# of numbers and 4096 maxima or more, by kernels that pass over nan.
+ROWS = 4096
+# What one element of a row is replaced by, in turn; None for the arguments as they are.
+SPECIAL = (None, np.nan, np.inf, -np.inf)
+AS_GIVEN = slice(None, None, len(SPECIAL))
+DIFFERENT = 16 * len(SPECIAL)  # rows; the others are copies of them
+WORK = 2**24  # operations on single numbers that the batch may take: about a tenth of a second, and some 100 MB
+
+
+def in_a_batch(session: Any, vectors: dict[str, np.ndarray]) -> tuple[Check, str]:
+    """Value, and products with `vectors` in each mode, under jit: of rows one after another, and of all under vmap.
+
+    Rows as given must be right within the bound. Of the others the oracle knows nothing; that the same elements of them
+    are nan or infinite is said of them, or which is not. It is no mistake of a rule if XLA loses a nan.
+    """
+    problem, turn = session.problem, np.arange(DIFFERENT) // len(SPECIAL)
+    rows, places = _rows(problem, session.rng)
+    copies = copies_of(problem)
+    size, lost = f"a batch of {copies * DIFFERENT}", ""
+    for what, given in {"value": np.zeros((1, problem.m)), **vectors}.items():
+        directions = given[turn % len(given)]
+        try:
+            due, among = _alone_and_among(problem, what, rows, directions, copies)
+        except Exception as error:
+            why = f"{type(error).__name__} in {size}: {first_line(error)}"
+            return Check("vmap", REFUTED, f"{_NAMES[what]} raises {why}"), ""
+        got = _farthest(among, due)
+        wrong = np.zeros(got.shape, bool)
+        wrong[AS_GIVEN] = ~session.right(what, directions[AS_GIVEN], got[AS_GIVEN])
+        other = _kind(got) != _kind(due)
+        if wrong.any() or (other.any() and not lost):
+            row, i = divmod(int(np.argmax(wrong if wrong.any() else other)), got.shape[1])
+            came, expected = apart(got[row, i], due[row, i])
+            special = SPECIAL[row % len(SPECIAL)]
+            where = f"element {i}" + ("" if special is None else f", where input {places[turn[row]]} is {special}")
+            lost = f"{_NAMES[what]} is {came} in {size}, {expected} alone ({where})"
+            if wrong.any():
+                return Check("vmap", REFUTED, lost), ""
+    return Check("vmap", VERIFIED, f"rows in {size}"), lost or "as alone"
+
+
+_NAMES = {"value": "f", "reverse": "reverse mode", "forward": "forward mode"}
+
+
+def copies_of(problem: Problem) -> int:
+    """How many times over the rows are in the batch."""
+    with problem.precision():
+        program = jax.make_jaxpr(problem.spec.of_floats(problem.f, problem.others))(*problem.floats)
+    work = problem.n + problem.m + _exact.work(program.jaxpr)
+    return max(1, min(ROWS, WORK // work) // DIFFERENT)
+
+
+def _rows(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Arguments, and which element of theirs is special: one of each array in turn, however small."""
+    sizes = np.array([int(np.prod(shape)) for shape, _ in problem.in_shapes])
+    starts, sizes = (np.cumsum(sizes) - sizes)[sizes > 0], sizes[sizes > 0]
+    array = np.arange(DIFFERENT // len(SPECIAL)) % len(sizes)
+    places = starts[array] + rng.integers(sizes[array])
+    rows = np.tile(problem.x, (DIFFERENT, 1))
+    for offset, special in enumerate(SPECIAL):
+        if special is not None:
+            rows[np.arange(offset, DIFFERENT, len(SPECIAL)), places] = special
+    return rows, places
+
+
+def _alone_and_among(
+    problem: Problem, what: str, rows: np.ndarray, directions: np.ndarray, copies: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each row what comes of it alone, and as (copies, rows, elements) what comes of the copies in the batch."""
+    shapes = problem.in_shapes if what == "forward" else problem.out_shapes
+    one_by_one = tuple(unravel(rows, problem.in_shapes)), tuple(unravel(directions, shapes))
+    # Copied here, where XLA does not see that they are copies.
+    batch = jax.tree.map(lambda a: np.tile(a, (copies, *[1] * (a.ndim - 1))), one_by_one)
+    with problem.precision():
+        alone, among = _compiled(problem.f, problem.spec, what, problem.others, one_by_one, batch)
+    return ravel(alone), ravel(among).reshape(copies, len(rows), -1)
+
+
+# Only one thing at a time: beside others XLA may compute it by other kernels.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _compiled(f: Any, spec: Spec, what: str, others: Leaves, one_by_one: Any, batch: Any) -> Any:
+    def result(floats: Leaves, vector: Leaves) -> Leaves:
+        flat = spec.of_floats(f, others)
+        return flat(*floats) if what == "value" else product_along(flat, what, floats, vector)
+
+    return lax.map(lambda row: result(*row), one_by_one), jax.vmap(result)(*batch)
+
+
+def _farthest(among: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """For each row and element, the copy that is farthest from the row alone."""
+    with np.errstate(all="ignore"):
+        distance = np.where(_kind(among) == _kind(alone), np.nan_to_num(np.abs(among - alone)), np.inf)
+    return np.take_along_axis(among, np.argmax(distance, axis=0)[None], axis=0)[0]
+
+
+def _kind(y: np.ndarray) -> np.ndarray:
+    """What rounding does not change: 0 for a finite number, ±1 for an infinity, 2 for nan."""
+    return np.where(np.isnan(y), 2, np.where(np.isinf(y), np.sign(y), 0))
