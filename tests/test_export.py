@@ -64,12 +64,18 @@ def derivatives(f: Callable[[Array], Array]) -> Callable[[Array], Any]:
     ],
 )
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_lowers_for_every_platform_and_runs_here(name: str, batched: bool, dtype: str) -> None:
+def test_lowers_for_every_platform_and_runs_here(
+    name: str, batched: bool, dtype: str, request: pytest.FixtureRequest
+) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), dtype)
     f = derivatives(FUNCTIONS[name])
     f = jax.jit(jax.vmap(f) if batched else f)
     exported = jax.export.export(f, platforms=PLATFORMS)(x)
     assert exported.platforms == PLATFORMS
+    # What is lowered is what `jit` runs, in the tests of each function; that it is the same when it has been exported
+    # is a matter of JAX, so that some will do.
+    if name not in ("sigmoid", "softmax", "integer_loss") and not request.config.getoption("--exhaustive"):
+        return
     # The exported program keeps a branch for each platform, and XLA fuses a branch by itself. So the sums, of a few
     # numbers of size 1, may round differently in float32, and the result's own rounding may then fall to either side.
     rtol = 2 * float(jnp.finfo(dtype).eps)

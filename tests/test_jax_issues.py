@@ -3,6 +3,7 @@
 `nn` is the module under test. With `nn = jax.nn` in the fixture below, the tests of the issues in `STILL_FAILING` fail.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -69,13 +70,25 @@ def test_jax_37234_softmax_of_scaled_logits_under_jit(nn: Any, scale: float) -> 
     # The product is computed twice, once with the subtraction in one rounding: an ulp of 1e21 is no small difference.
     x = jnp.asarray(np.float32(np.random.default_rng(0).normal(size=(64, 33)) * 1e21))
     one_hot = np.eye(33)[np.asarray(x).argmax(-1)]
-    for f in (nn.softmax, lambda x: jnp.exp(nn.log_softmax(x))):
+    for f in (nn.softmax, exp_of(nn.log_softmax)):
         np.testing.assert_array_equal(np.asarray(jax.jit(lambda x, f=f: f(x * scale))(x)), one_hot)
-        np.testing.assert_array_equal(np.asarray(jax.jit(lambda x, s, f=f: f(x * s))(x, scale)), one_hot)
-    if hasattr(nn, "forward_mode"):  # only jaxact has a temperature
-        for f in (nn.softmax, lambda x, **t: jnp.exp(nn.log_softmax(x, **t))):
-            got = jax.jit(lambda x, t, f=f: f(x, temperature=t))(x, 1 / scale)
-            np.testing.assert_array_equal(np.asarray(got), one_hot)
+    for f in scaled(nn):
+        np.testing.assert_array_equal(np.asarray(f(x, scale)), one_hot)
+
+
+def exp_of(f: Any) -> Any:
+    return lambda x, **options: jnp.exp(f(x, **options))
+
+
+@functools.cache
+def scaled(nn: Any) -> list[Any]:
+    """By a factor that is an argument, and by a temperature, which only jaxact has. Compiled once for all factors."""
+    both = nn.softmax, exp_of(nn.log_softmax)
+    warm = both if hasattr(nn, "forward_mode") else ()
+    return [
+        *(jax.jit(lambda x, s, f=f: f(x * s)) for f in both),
+        *(jax.jit(lambda x, s, f=f: f(x, temperature=1 / s)) for f in warm),
+    ]
 
 
 def test_jax_6811_gradient_of_logsumexp_of_nothing(nn: Any) -> None:
@@ -146,16 +159,17 @@ def test_jax_13529_gradients_at_ties_in_bfloat16(nn: Any, name: str, dtype: str)
     # Equal logits, as at the start of a training: by symmetry the gradient of one entry is the same at all the others,
     # and the entries sum to 0 up to the error of each: 4 u in bfloat16, some 8 u to 16 u in float32 (test_softmax.py).
     u = {"float32": 12 * 2.0**-24, "bfloat16": 4 * 2.0**-8}[dtype]
+    pull = jax.jit(lambda x, g: jax.vjp(getattr(nn, name), x)[1](g)[0])
     for count in (2, 3, 7, 100, 1000):
         x = jnp.zeros((2, count), dtype)
-        gradient = np.asarray(jax.grad(lambda x: getattr(nn, name)(x)[:, 0].astype(jnp.float32).sum())(x), np.float64)
+        gradient = np.asarray(pull(x, np.eye(count)[[0, 0]].astype(dtype)), np.float64)
         p = 1 / count if name == "softmax" else 1.0
         want = p * (np.eye(count)[0] - 1 / count)
         assert (abs(gradient - want) <= u * abs(want)).all()
         assert len(set(gradient[:, 1:].ravel().tolist())) == 1
         # A cotangent of ones, and one of thousands, have gradient 0 to the rounding of the type.
         for size in (1.0, 1000.0):
-            zero = jax.vjp(getattr(nn, name), x)[1](jnp.full_like(x, size))[0]
+            zero = pull(x, np.full(x.shape, size, dtype))
             assert (abs(np.asarray(zero, np.float64)) <= u * size * 2 * p).all()
 
 

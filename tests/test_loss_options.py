@@ -63,16 +63,23 @@ def test_axis_and_agreement_with_optax(axis: Any) -> None:
     y = np.random.default_rng(5).integers(0, flat.shape[-1], flat.shape[:-1])
     hot = np.eye(flat.shape[-1], dtype=np.float32)[y]
     dense = hot.reshape(moved.shape).transpose(np.argsort(order))
+
+    @jax.jit
+    def of_both(x: Any, y: Any, dense: Any, where: Any) -> Any:
+        ours = [integer_loss(x, y, axis, where), dense_loss(x, dense, axis, where)]
+        theirs = [optax.losses.softmax_cross_entropy(x, dense, axis, where)]
+        if axis is not None:  # which only the dense one takes
+            theirs.append(optax.losses.softmax_cross_entropy_with_integer_labels(x, y, axis, where))
+        return ours, theirs
+
     for where in (None, (dense > 0) | (x > -0.5)):
         shown = True if where is None else where.transpose(order).reshape(flat.shape)
         want = oracles.cross_entropy(np.float64(flat), hot, shown)
         # 14 ulp as above, and the differences of ordinary logits.
-        np.testing.assert_allclose(np.asarray(integer_loss(x, y, axis, where)), want, rtol=32 * U)
-        np.testing.assert_allclose(np.asarray(dense_loss(x, dense, axis, where)), want, rtol=32 * U)
+        ours, theirs = of_both(x, y, dense, where)
+        for got in ours:
+            np.testing.assert_allclose(np.asarray(got), want, rtol=32 * U)
         # Of log Σ e^z − z_y the error is relative to its terms, which are below 4.
-        theirs = [optax.losses.softmax_cross_entropy(x, dense, axis, where)]
-        if axis is not None:  # which only the dense one takes
-            theirs.append(optax.losses.softmax_cross_entropy_with_integer_labels(x, y, axis, where))
         for got in theirs:
             np.testing.assert_allclose(np.asarray(got), want, rtol=32 * U, atol=32 * U)
 
@@ -142,16 +149,20 @@ def test_derivatives_in_options_where_rows_do_not_count(x64: None) -> None:
     x, y = np.concatenate([X, np.full((1, 5), NAN)]), np.append(Y, -100)
     live = y >= 0
 
-    def run(options: dict[str, Any], loss: Any) -> Any:
-        return jax.grad(lambda options: loss(**options).sum())(options)
+    losses = [
+        functools.partial(integer_loss, X, Y),
+        functools.partial(dense_loss, X, SOFT),
+        functools.partial(integer_loss, x, y, ignore_index=-100),
+        functools.partial(integer_loss, x, y % 5, where=live),
+        functools.partial(dense_loss, x, np.append(SOFT, SOFT[:1], 0), where=live),
+    ]
 
-    want = run(OPTIONS, functools.partial(integer_loss, X, Y))
-    soft = run(OPTIONS, functools.partial(dense_loss, X, SOFT))
-    for got, of_others in (
-        (run(OPTIONS, functools.partial(integer_loss, x, y, ignore_index=-100)), want),
-        (run(OPTIONS, functools.partial(integer_loss, x, y % 5, where=live)), want),
-        (run(OPTIONS, functools.partial(dense_loss, x, np.append(SOFT, SOFT[:1], 0), where=live)), soft),
-    ):
+    @jax.jit  # one program for all of them
+    def run(options: dict[str, Any]) -> list[Any]:
+        return [jax.grad(lambda options, loss=loss: loss(**options).sum())(options) for loss in losses]
+
+    want, soft, ignored, masked, masked_soft = run(OPTIONS)
+    for got, of_others in ((ignored, want), (masked, want), (masked_soft, soft)):
         for name in OPTIONS:
             # A row more of zeros: other roundings of sums of some 20 terms.
             np.testing.assert_allclose(got[name], of_others[name], rtol=1e-12, err_msg=name)
@@ -164,12 +175,16 @@ def test_derivatives_in_temperature_and_softcap_where_classes_are_masked(labels:
     want = oracles.complex_step(
         lambda **a: oracles.cross_entropy(X, q, CLASSES, **a).sum(), {name: OPTIONS[name]}, name
     )
-    for x, where in ((X, CLASSES), (np.where(CLASSES, X, -INF), None), (np.where(CLASSES, X, NAN), CLASSES)):
-        if where is None and labels == "soft":
-            continue  # there the labels of what does not exist make the loss infinite
+    cases: list[Any] = [(X, CLASSES), (np.where(CLASSES, X, NAN), CLASSES)]
+    if labels == "integer":  # the others would make the loss of what does not exist infinite
+        cases.append((np.where(CLASSES, X, -INF), None))
+
+    def total(a: Any, x: Any, where: Any) -> Any:
         loss = functools.partial(integer_loss, x, Y) if labels == "integer" else functools.partial(dense_loss, x, q)
-        got = jax.grad(lambda a, loss=loss, where=where: loss(where=where, **{name: a}).sum())(OPTIONS[name])
-        np.testing.assert_allclose(float(got), want, rtol=1e-12)  # as above
+        return loss(where=where, **{name: a}).sum()
+
+    got = jax.jit(lambda a: jnp.stack([jax.grad(total)(a, *case) for case in cases]))(OPTIONS[name])
+    np.testing.assert_allclose(got, [want] * len(cases), rtol=1e-12)  # as above
 
 
 def test_ignore_index_that_the_labels_cannot_hold() -> None:
@@ -200,7 +215,7 @@ def test_infinite_logits_with_smoothing_and_z_loss(label: int) -> None:
 def test_second_derivatives_of_the_focal_loss_are_numbers(gamma: float) -> None:
     x = jnp.array([30.0, 45.0, 60.0, 80.0, 90.0, 200.0, 1e4])
     for y in (0.0, 1.0):
-        second = jax.vmap(jax.hessian(lambda x, y=y: focal_loss(x, y, gamma=gamma)))
+        second = jax.jit(jax.vmap(jax.hessian(lambda x, y=y: focal_loss(x, y, gamma=gamma))))
         assert jnp.isfinite(second(x)).all()
         assert jnp.isfinite(second(-x)).all()
 
