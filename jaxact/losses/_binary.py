@@ -19,7 +19,7 @@ from jaxact._canonical import (
     require_array,
     require_arrays,
 )
-from jaxact._elementary import exp, log1p_of_fraction
+from jaxact._elementary import exp, exp_and_rest, log1p_of_fraction
 from jaxact._exponentials import widen
 from jaxact._forward_mode import forward_mode
 from jaxact._sigmoid import sigmoid, softplus
@@ -163,7 +163,8 @@ def sigmoid_focal_loss(
         mode keeps `logits` and `labels`.
 
     Numerics:
-        Relatively accurate for y = 0 and 1 as far as the rounding of γ·x allows, and right at ±inf.
+        For y = 0 and 1 within 4 ulp of where x(1 ± u) puts the loss, which changes by a factor of up to
+        1 ± (γ + 1)|x|u; so for γ = 1 and 2, and within 6 ulp of there at γ = 1.5 and 3. Right at ±inf.
         Held by `tests/test_losses.py`.
 
     Example:
@@ -214,18 +215,21 @@ def _share(y: Array, alpha: Array | None) -> Array | float:
 def _focal_loss(power: int | None, x: Array, y: Array, alpha: Array | None, gamma: Array) -> Array:
     # 1 − p_t is of the likelier side e/(1 + e), of the other 1/(1 + e).
     wide = widen(x)
-    e = exp(-jnp.abs(wide))
-    part, whole = jnp.where(wide < 0, y, 1 - y) + jnp.where(wide < 0, 1 - y, y) * e, 1 + e
+    e, rest = exp_and_rest(-jnp.abs(wide))
+    of_e = jnp.where(wide < 0, 1 - y, y)
+    part, whole = jnp.where(wide < 0, y, 1 - y) + of_e * e, 1 + e
     loss = _binary_cross_entropy(wide, y, None)
+    # A power multiplies every rounding, so what the sum and the exponential have lost is put back to first order: with
+    # the rest r of e, e(1 + r)/(1 + e + er) is e/(1 + e − r). The maximum changes no value and keeps XLA from folding
+    # the difference to 0.
+    rest = of_e * rest
+    lost = (e - (jnp.maximum(whole, 1) - 1)) - rest
     if power is None:
-        focused = _times(_focus(power, part / whole, gamma), loss)
+        focused = _times(_focus(power, part / (whole + lost), gamma), loss)
     else:
-        # A power multiplies every rounding: there is one quotient, and what the sum has lost is put back to first
-        # order. The maximum changes no value and keeps XLA from folding that to 0.
-        lost = e - (jnp.maximum(whole, 1) - 1)
-        focused = _times(lax.integer_pow(part, power), loss) / (
-            lax.integer_pow(whole, power - 1) * (whole + power * lost)
-        )
+        # There is one quotient. Where e is a factor of it the loss is nearly another, and so has the same rest.
+        focused, divisor = lax.integer_pow(part, power), lax.integer_pow(whole, power - 1)
+        focused = jnp.where(focused == 0, 0, focused / (divisor * (whole + (power * lost - rest * whole))) * loss)
     return _share(y, alpha) * focused
 
 
