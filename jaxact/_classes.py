@@ -22,7 +22,7 @@ class Classes(NamedTuple):
         return here if self.axis_name is None else lax.psum(here, self.axis_name)
 
     def max(self, a: Array) -> Array:
-        here = maximum(a, (a.ndim - 1,))
+        here = maximum(a, (a.ndim - 1,))[..., None]
         return here if self.axis_name is None else lax.pmax(here, self.axis_name)
 
 

@@ -34,12 +34,12 @@ class LabelSums(NamedTuple):
 
 
 def elsewhere(z: Array, y: Array) -> Array:
-    """0 at the label, 1 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
+    """0 at the label, 2 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
     # Behind a barrier the places are an operand: an iota inside of a kernel that sums may, in XLA of JAX 0.12, get
-    # values made for another shape.
-    places = lax.optimization_barrier(_places(z))
-    distance = places - y[..., None].astype(places.dtype)
-    return jnp.minimum(jnp.abs(distance), 1).astype(compute_dtype(z.dtype))
+    # values made for another shape. The limit is not 1, as in `_exponentials.elsewhere`.
+    places = lax.optimization_barrier(2 * _places(z))
+    distance = places - 2 * y[..., None].astype(places.dtype)
+    return jnp.minimum(jnp.abs(distance), 2).astype(compute_dtype(z.dtype))
 
 
 def _places(z: Array) -> Array:
@@ -55,7 +55,7 @@ def at_label(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     else:
         # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
         # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
-        z_y = classes.sum(finite(adjust(x)) * (1 - elsewhere(x, y)))
+        z_y = classes.sum(finite(adjust(x)) * (1 - elsewhere(x, y) / 2))
     largest = float(jnp.finfo(z_y.dtype).max)
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
@@ -74,13 +74,13 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     count = x.shape[-1]
     folds = [n for n in range(4, count // 256 + 1) if count % n == 0]
     if not folds or not _whole(x, classes):
-        return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y))
+        return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y)) / 2
     folded = x.reshape(*x.shape[:-1], min(folds, key=lambda n: abs(math.log(n / 16))), -1)
     place, fold = y % folded.shape[-1], y // folded.shape[-1]
     own = jnp.take_along_axis(folded, place[..., None, None], -1, mode="clip")[..., 0]
     across = jnp.sum(jnp.exp(adjust(folded)), -2)
     at_place = jnp.sum(jnp.exp(adjust(own)) * elsewhere(own, fold), -1, keepdims=True)
-    return jnp.sum(across * elsewhere(across, place), -1, keepdims=True) + at_place
+    return (jnp.sum(across * elsewhere(across, place), -1, keepdims=True) + at_place) / 2
 
 
 def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
@@ -97,7 +97,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
         z = adjust(x)
         peak = finite(classes.max(z))
         # The minimum changes +inf alone.
-        others = classes.sum(jnp.exp(at_most(peak, z) - peak) * elsewhere(z, y))
+        others = classes.sum(jnp.exp(at_most(peak, z) - peak) * elsewhere(z, y)) / 2
         return LabelSums(peak, jnp.exp(at_most(peak, z_y) - peak), others)
 
     if classes.lean:

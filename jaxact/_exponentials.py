@@ -1,8 +1,9 @@
 """Exponentials of a row after a shift that keeps them in range, and their sums: what softmax and logsumexp rest on.
 
-Inside, a masked class is a logit of −inf, `axis` is a sorted tuple, and reductions keep their dimensions. Masks and
-limits are written as arithmetic (minimum, maximum, multiplication) and not as `where`: on CPU a boolean inside a
-reduction keeps XLA from vectorising it, which makes the sum several times slower.
+Inside, a masked class is a logit of −inf, and `axis` is a sorted tuple. Masks and limits are written as arithmetic
+(minimum, maximum, multiplication) and not as `where`: on CPU a boolean inside a reduction keeps XLA from vectorising
+it, which makes the sum several times slower. What there is one of for each row has no class axes, until it is spread
+over the row: of an array with an axis of length 1 XLA for CPU would visit row by row.
 """
 
 import math
@@ -20,7 +21,7 @@ Axes = tuple[int, ...]
 
 
 class Shift(NamedTuple):
-    """What keeps the exponentials of a row in range; arrays of the row's shape with the class axes kept."""
+    """What keeps the exponentials of a row in range; arrays of the shape of the rows."""
 
     top: Array  # finite, and no logit but +inf above it
     by: Array  # what is subtracted from the logits
@@ -28,7 +29,7 @@ class Shift(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a row's logits come to; arrays of the row's shape with the class axes kept."""
+    """What a row's logits come to; arrays of the shape of the rows."""
 
     peak: Array  # the maximum m, or the finite number nearest to it; UNSHIFTED where that is not known
     total: Array  # the sum of `exponentials`; 0 where no class is left
@@ -65,50 +66,74 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     return Shift(peak, by, 1 - large * (1 - 0.5 ** (max(count, 1) - 1).bit_length()))
 
 
-def exponentials(x: Array, shift: Shift, t: Array | None, exp: Callable[[Array], Array] = jnp.exp) -> Array:
+def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Callable[[Array], Array] = jnp.exp) -> Array:
+    top, by, factor = (spread(a, axis) for a in shift)
     # The minimum changes nothing but +inf. It keeps XLA from contracting the multiplication in `softmax(a * x)` with
     # the subtraction, after which the maximum would no longer be the largest (jax issue 37234).
-    d = at_most(shift.top, x) - shift.by
-    return exp(d) * shift.factor if t is None else exp(d / t)
+    d = at_most(top, x) - by
+    return exp(d) * factor if t is None else exp(d / t)
+
+
+def spread(a: Array, axis: Axes) -> Array:
+    """What there is one of for each row, for all entries of the row."""
+    return jnp.expand_dims(a, axis)
 
 
 def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Array]:
     """The sums, and the exponentials themselves."""
     peak = finite(widen(maximum(x, axis)))
-    e = exponentials(widen(x), shift_about(peak, t, class_count(x, axis)), t)
-    return Sums(peak, jnp.sum(e, axis, keepdims=True)), e
+    e = exponentials(widen(x), shift_about(peak, t, class_count(x, axis)), t, axis)
+    return Sums(peak, jnp.sum(e, axis)), e
 
 
 def total_unshifted(x: Array, axis: Axes) -> tuple[Array, Array]:
     """The sum without a shift, for which no maximum need be found; and whether nothing overflows or is flushed."""
-    total = jnp.sum(jnp.exp(widen(x)), axis, keepdims=True)
+    total = jnp.sum(jnp.exp(widen(x)), axis)
     return total, (total >= 1) & (total < math.exp(UNSHIFTED))
 
 
-def over_total(e: Array, total: Array) -> Array:
+def over_total(e: Array, total: Array, axis: Axes) -> Array:
     """Exponentials divided by their `total`; 0 where no class is left."""
-    return e / (total + 2.0**-100)  # which is lost in any other sum: that is at least the `factor` of the shift
+    # What is added is lost in any other sum: that is at least the `factor` of the shift.
+    return e / spread(total + 2.0**-100, axis)
 
 
 def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
+    if in_one_kernel(x, axis):
+        return sums_at_once(x, t, axis)
     sums, _ = maximum_and_total(x, t, axis)
     shift = shift_about(sums.peak, t, class_count(x, axis))
-    at_peak = exponentials(sums.peak, shift, t)
+    at_peak = exponentials(sums.peak, shift, t, ())
     all_but_one = sums.total / at_peak - 1
 
     # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
     def exact(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
-        # Below 1 this difference may have cancelled. But then no second class attains the maximum, and with weights
-        # that are 0 at the maximum and 1 elsewhere the others can be summed by themselves.
-        wide = widen(x)
-        weight = jnp.minimum((shift.top - at_most(shift.top, wide)) / float(jnp.finfo(wide.dtype).tiny), 1)
-        alone = jnp.sum(exponentials(wide, shift, t) * weight, axis, keepdims=True) / at_peak
+        # Below 1 this difference may have cancelled. But then no second class attains the maximum.
+        weight = elsewhere(widen(x), shift.top, axis)
+        alone = jnp.sum(exponentials(widen(x), shift, t, axis) * weight, axis) / 2 / at_peak
         return jnp.where(all_but_one >= 1, all_but_one, alone)
 
     def quick(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
         return all_but_one
 
     return RowSums(*sums, if_dominated(all_but_one, exact, quick, x, shift, at_peak, all_but_one))
+
+
+def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
+    """The sums, without a branch: in one kernel, where XLA for CPU makes one of what comes before and after."""
+    peak, wide, count = finite(widen(maximum(x, axis))), widen(x), class_count(x, axis)
+    shift, weight = shift_about(peak, t, count), elsewhere(wide, peak, axis)
+    others = jnp.sum(exponentials(wide, shift, t, axis) * weight, axis) / 2
+    ties = count - jnp.sum(weight, axis) / 2
+    at_peak = exponentials(peak, shift, t, ())
+    return RowSums(peak, others + ties * at_peak, others / at_peak + jnp.maximum(ties - 1, 0))
+
+
+def elsewhere(x: Array, peak: Array, axis: Axes) -> Array:
+    """0 where the maximum is attained and 2 elsewhere."""
+    # Not 1, a limit that other kernels have as well: a constant of two kernels is written to memory at full size.
+    top = spread(peak, axis)
+    return jnp.minimum((top - at_most(top, x)) / float(jnp.finfo(x.dtype).tiny), 2)
 
 
 def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
@@ -173,11 +198,11 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
 
 def in_one_kernel(x: Array, axis: Axes) -> bool:
     """Whether XLA for CPU makes one kernel of softmax, however often it goes through a row: of at least 4096 rows."""
-    return x.size >= 4096 * class_count(x, axis) > 0
+    return x.size >= 4096 * class_count(x, axis) > 0 and class_count(x, axis) < 2**24
 
 
 def maximum(x: Array, axis: Axes) -> Array:
-    return jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    return jnp.max(x, axis, initial=-jnp.inf)
 
 
 def at_most(limit: Array, x: Array) -> Array:
@@ -193,6 +218,14 @@ def finite(top: Array) -> Array:
     """The nearest finite number, so that ∞ − ∞ never occurs. Not `clip`, at which XLA for CPU splits the kernel."""
     largest = float(jnp.finfo(top.dtype).max)
     return -jnp.maximum(-jnp.maximum(top, -largest), -largest)
+
+
+def is_largest(peak: Array) -> Array:
+    """1 at the largest number, which `finite` makes of +inf, and 0 below. Not a comparison, for one kernel."""
+    info, peak = jnp.finfo(peak.dtype), lax.stop_gradient(peak)
+    last = 2 * float(info.eps)  # from the largest number to the one before it, multiplied by `tiny`
+    # The minimum changes nothing. In JAX 0.10 it keeps XLA from multiplying 1/last by another factor, and overflowing.
+    return jnp.minimum(jnp.maximum(peak * float(info.tiny) - (4 - 2 * last), 0) / last, 1)
 
 
 def class_count(x: Array, axis: Axes) -> int:

@@ -10,7 +10,18 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, rounded_once
-from jaxact._exponentials import UNSHIFTED, Axes, Sums, finite, maximum, row_sums, total_unshifted, unless_all, widen
+from jaxact._exponentials import (
+    UNSHIFTED,
+    Axes,
+    Sums,
+    finite,
+    maximum,
+    row_sums,
+    spread,
+    total_unshifted,
+    unless_all,
+    widen,
+)
 from jaxact._forward_mode import forward_mode
 from jaxact._softmax import _softmax
 
@@ -89,8 +100,8 @@ def _logsumexp_of_any(
         out, sign = _weighted_logsumexp(x, masked(b, where, 0), axes)
         if not return_sign:
             out = jnp.where(sign < 0, jnp.nan, out)
-    if not keepdims:
-        out, sign = jnp.squeeze(out, axes), jnp.squeeze(sign, axes)
+    if keepdims:
+        out, sign = spread(out, axes), spread(sign, axes)
     return (out, sign) if return_sign else out
 
 
@@ -122,7 +133,7 @@ def _logsumexp_bwd(axis: Axes, residuals: Any, cotangents: Any) -> tuple[Array]:
     x, sums = residuals
     # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in softmax, to be widened again.
     p = _softmax(widen(lax.optimization_barrier(x)), None, sums, axis, False)
-    return ((widen(cotangents[0]) * p).astype(x.dtype),)
+    return ((spread(widen(cotangents[0]), axis) * p).astype(x.dtype),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
@@ -136,9 +147,10 @@ def _weighted_logsumexp(a: Array, b: Array, axis: Axes) -> tuple[Array, Array]:
     a = jnp.where(b == 0, -jnp.inf, a)
     top = maximum(a, axis)
     peak = finite(top)
-    at_peak = jnp.minimum(a, peak) == peak
-    others = jnp.sum(jnp.where(at_peak, 0, b * jnp.exp(a - peak)), axis, keepdims=True)
-    weight_at_peak = jnp.sum(jnp.where(at_peak, b, 0), axis, keepdims=True)
+    shift = spread(peak, axis)
+    at_peak = jnp.minimum(a, shift) == shift
+    others = jnp.sum(jnp.where(at_peak, 0, b * jnp.exp(a - shift)), axis)
+    weight_at_peak = jnp.sum(jnp.where(at_peak, b, 0), axis)
     total = others + weight_at_peak
     # As without weights, log1p of what differs from 1 where the sum is near 1.
     excess = others + (weight_at_peak - 1)
@@ -155,11 +167,12 @@ def _weighted_logsumexp_fwd(a: Array, b: Array, axis: Axes) -> Any:
 def _weighted_logsumexp_bwd(axis: Axes, residuals: Any, g: Any) -> Any:
     a, b, out, sign = residuals
     dtype = a.dtype
-    a, b, out, sign, g_out = map(widen, (a, b, out, sign, g[0]))
+    a, b = widen(a), widen(b)
+    out, sign, g_out = (spread(widen(a), axis) for a in (out, sign, g[0]))
     # ∂out/∂b = s e^{a − out}. A sum that is empty has no derivative, and exponents of +inf share the row by weight.
     empty = out == -jnp.inf
     infinite = (a == jnp.inf) & (b != 0)
-    share = 1 / jnp.abs(jnp.sum(jnp.where(infinite, b, 0), axis, keepdims=True))
+    share = spread(1 / jnp.abs(jnp.sum(jnp.where(infinite, b, 0), axis)), axis)
     ratio = jnp.where(out == jnp.inf, jnp.where(infinite, share, 0), jnp.exp(jnp.where(empty, -jnp.inf, a) - out))
     ratio = jnp.where(empty, 0, ratio)
     b_bar = g_out * sign * ratio

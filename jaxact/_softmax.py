@@ -22,6 +22,7 @@ from jaxact._exponentials import (
     class_count,
     divisor,
     exponentials,
+    finite,
     if_dominated,
     in_one_kernel,
     maximum,
@@ -29,6 +30,7 @@ from jaxact._exponentials import (
     over_total,
     row_sums,
     shift_about,
+    spread,
     times_jacobian,
     total_unshifted,
     unless_all,
@@ -61,7 +63,7 @@ def softmax(
         x̄ = y ⊙ (ȳ − ⟨ȳ, y⟩)/T and T̄ = −Σ x̄ log y. Reverse mode keeps `y`.
 
     Numerics:
-        At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 12·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element,
+        At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 14·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element,
         also where one probability rounds to 1 (`jax.nn.softmax` loses that entry) or ȳ has a large common offset.
         16-bit types are computed in float32 and rounded once. Held by `tests/test_softmax.py`.
 
@@ -98,17 +100,17 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
 
     def about_maximum(x: Array, _: Any) -> Array:
         sums, e = maximum_and_total(x, t, axis)
-        return over_total(e, sums.total).astype(x.dtype)
+        return over_total(e, sums.total, axis).astype(x.dtype)
 
     # XLA has more than one exponential on CPU, and we have ours: beside a sum of another, one may exceed the whole.
     def about_zero(x: Array, total: Array) -> Array:
-        return jnp.minimum(exp(widen(x)) / total, 1).astype(x.dtype)
+        return jnp.minimum(exp(widen(x)) / spread(total, axis), 1).astype(x.dtype)
 
     if sums is not None:
         # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
         shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
-        e = exponentials(widen(x), shift, t, jnp.exp if summed else exp)
-        return over_total(at_most(total, e), total).astype(x.dtype)
+        e = exponentials(widen(x), shift, t, axis, jnp.exp if summed else exp)
+        return over_total(at_most(spread(total, axis), e), total, axis).astype(x.dtype)
     if t is not None or summed or x.size < 2**17 or in_one_kernel(x, axis):
         return about_maximum(x, None)  # to find it takes less time than a branch
     total, in_range = total_unshifted(x, axis)
@@ -124,7 +126,7 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
     y, t = residuals
     dtype = y.dtype
     y = certain(widen(y))
-    z = times_jacobian(y, widen(g), lambda a: jnp.sum(a, axis, keepdims=True))
+    z = times_jacobian(y, widen(g), lambda a: spread(jnp.sum(a, axis), axis))
     if t is None:
         return z.astype(dtype), None, None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.
@@ -188,25 +190,27 @@ def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, tempe
 def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]:
     """Log-softmax over the axes, and the sums it is made of, as constants."""
     sums = row_sums(x, t, axis)
-    # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide.
-    again, peak = lax.optimization_barrier((x, sums.peak))
-    d = at_most(peak, widen(again)) - peak
+    # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide. Not in one
+    # kernel, which it would part.
+    again, peak = (x, sums.peak) if in_one_kernel(x, axis) else lax.optimization_barrier((x, sums.peak))
+    d = at_most(spread(peak, axis), widen(again)) - spread(peak, axis)
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf.
-    d = d * jnp.where(maximum(x, axis) == jnp.inf, peak, 1)
-    return ((d if t is None else d / t) - jnp.log1p(sums.others)).astype(x.dtype), sums
+    excess = widen(maximum(x, axis)) - peak
+    d = d * spread(-jnp.maximum(-jnp.maximum(excess, 1), -float(jnp.finfo(d.dtype).max)), axis)
+    return ((d if t is None else d / t) - spread(jnp.log1p(sums.others), axis)).astype(x.dtype), sums
 
 
 def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
     y, sums = _log_softmax(x, t, axis)
-    return (y, sums), (x, t, sums)
+    return (y, sums), (x, t, None if in_one_kernel(x, axis) else sums)
 
 
 def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
     g = cotangents[0]
 
-    def of_possible(x: Array, sums: RowSums, g: Array) -> Array:
+    def of_possible(x: Array, peak: Array, g: Array) -> Array:
         # A result of −inf is constant. The factor is 0 where x is −inf and 1 elsewhere.
         largest = float(jnp.finfo(x.dtype).max)
         return widen(g) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
@@ -224,9 +228,11 @@ _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
 def without_mean(
-    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: RowSums, axis: Axes, *operands: Array
+    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: RowSums | None, axis: Axes, *operands: Array
 ) -> Array:
-    """ȳ − p Σ ȳ, with ȳ = `cotangent(x, sums, *operands)` for wide logits x; in the dtype of x if t is None.
+    """ȳ − p Σ ȳ, with ȳ = `cotangent(x, peak, *operands)` for wide logits x; in the dtype of x if t is None.
+
+    `sums` are None for what is to be one kernel (`in_one_kernel`).
 
     What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
     """
@@ -234,14 +240,22 @@ def without_mean(
 
     # The Jacobian is I − 1 pᵀ. It is a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ
     # lost to rounding at the largest probability is Σ v, and the second time takes it off.
-    def once(p: Array, x: Array, sums: RowSums, operands: Any) -> Array:
-        g = cotangent(x, sums, *operands)
-        return g - p * jnp.sum(g, axis, keepdims=True)
+    def once(p: Array, x: Array, peak: Array, operands: Any) -> Array:
+        g = cotangent(x, peak, *operands)
+        return g - p * spread(jnp.sum(g, axis), axis)
+
+    if sums is None:
+        # In one kernel, all of it again: what another has found would part this one, hence the barrier.
+        x = widen(lax.optimization_barrier(x))
+        p = certain(_softmax(x, t, None, axis, True))
+        v = once(p, x, lax.stop_gradient(finite(maximum(x, axis))), operands)
+        return (v - p * spread(jnp.sum(v, axis), axis)).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def quick(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        return once(_softmax(x, t, Sums(sums.peak, sums.total), axis, True), x, sums, operands).astype(result)
+        p = _softmax(x, t, Sums(sums.peak, sums.total), axis, True)
+        return once(p, x, sums.peak, operands).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
@@ -249,7 +263,7 @@ def without_mean(
         # Summed anew: XLA has more than one exponential function on CPU, and p must sum to 1 to the last bit.
         p = certain(_softmax(x, t, None, axis, True))
         # The barrier keeps XLA from computing v twice, with a contraction here and without it there.
-        v = lax.optimization_barrier(once(p, x, sums, operands))
-        return (v - p * jnp.where(sums.others >= 1, 0, jnp.sum(v, axis, keepdims=True))).astype(result)
+        v = lax.optimization_barrier(once(p, x, sums.peak, operands))
+        return (v - p * spread(jnp.where(sums.others >= 1, 0, jnp.sum(v, axis)), axis)).astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)

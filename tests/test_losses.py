@@ -227,10 +227,12 @@ def test_special_rows_stay_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_special_rows_change_no_other_of_many(dtype: str) -> None:
-    # More than 64 numbers: on CPU ordinary rows then have a sum of their own, which these must not enter.
+@pytest.mark.parametrize("rows", [1000, 5000])
+def test_special_rows_change_no_other_of_many(rows: int, dtype: str) -> None:
+    # More than 2048 numbers: on CPU ordinary rows then have a sum of their own, which these must not enter. From 4096
+    # rows on there is one formula for the sums of all.
     special = [row for row, *_ in SPECIAL if dtype == "float32" or LARGEST not in np.abs(row)]
-    x = jnp.asarray(special + np.random.default_rng(0).normal(size=(100, 3)).tolist(), dtype)
+    x = jnp.asarray(special + np.random.default_rng(0).normal(size=(rows, 3)).tolist(), dtype)
 
     def with_each(x: Any, q: Any) -> Any:
         loss = dense_loss(x, q)
@@ -241,11 +243,12 @@ def test_special_rows_change_no_other_of_many(dtype: str) -> None:
     for q in (jnp.eye(3, dtype=dtype)[1], jnp.array([0.25, 0.0, 0.75], dtype)):
         (_, value), gradient = run(x, q)
         (_, alone), slope = one_by_one(x, q)
-        np.testing.assert_allclose(np.asarray(value), np.asarray(alone), rtol=4 * U)
+        # Two ways of which each has at most 4 ulp, of up to 2 u.
+        np.testing.assert_allclose(np.asarray(value), np.asarray(alone), rtol=16 * U)
         u = UNIT[dtype]
         np.testing.assert_allclose(np.float32(gradient), np.float32(slope), rtol=16 * u, atol=4 * u)
         (_, ordinary), _ = run(x[len(special) :], q)
-        np.testing.assert_allclose(np.asarray(value[len(special) :]), np.asarray(ordinary), rtol=4 * U)
+        np.testing.assert_allclose(np.asarray(value[len(special) :]), np.asarray(ordinary), rtol=16 * U)
 
 
 def test_shapes_and_labels_of_every_dtype() -> None:

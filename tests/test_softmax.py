@@ -193,12 +193,12 @@ def test_shapes_and_promotion(name: str) -> None:
         assert f(jnp.array([1, 0])).dtype == jnp.float64
 
 
-# Derivatives. exp has 1.4 u, so a probability has 5: its exponential, as much in the sum, a reciprocal and a product. A
-# derivative of log_softmax has one probability, and two roundings, and the pushforward those of a sum; one of softmax
-# has two probabilities and two roundings more. Measured 7.0, 6.2 and 9.8. In 16-bit types the saved y has 1 u, and the
+# Derivatives. exp has 1.4 u, so a probability has 6: its exponential, up to 3.6 in the sum, a reciprocal and a product.
+# A derivative of log_softmax has one probability, and two roundings, and the pushforward those of a sum; one of softmax
+# has two probabilities and two roundings more. Measured 7.0, 6.2 and 12.6. In 16-bit types the saved y has 1 u, and the
 # result another.
 
-BOUND = {("log_softmax", "vjp"): 8, ("log_softmax", "jvp"): 10, ("softmax", "vjp"): 12, ("softmax", "jvp"): 12}
+BOUND = {("log_softmax", "vjp"): 8, ("log_softmax", "jvp"): 10, ("softmax", "vjp"): 14, ("softmax", "jvp"): 14}
 
 
 @functools.cache
@@ -214,13 +214,19 @@ def hessian(outer: Any, inner: Any) -> Any:
 
 @BOTH
 @pytest.mark.parametrize("mode", ["vjp", "jvp"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    # From 4096 rows on, there is another formula for the sums and for log_softmax's rule.
+    [("float32", (600, 1000)), ("float32", (5000, 100)), ("bfloat16", (600, 1000)), ("float16", (600, 1000))],
+)
 @pytest.mark.parametrize("scale", [1, 10, 30, "dominated"])
-def test_each_element_of_a_derivative_of_many_classes(name: str, mode: str, dtype: str, scale: float | str) -> None:
+def test_each_element_of_a_derivative_of_many_classes(
+    name: str, mode: str, dtype: str, shape: tuple[int, int], scale: float | str
+) -> None:
     # Of few classes test_rules.py verifies the whole Jacobian.
     bound_in_u = BOUND[name, mode] if dtype == "float32" else 4
-    classes = 1000
-    x = jnp.asarray(logits(scale, 600, classes, seed=classes), dtype)
+    rows, classes = shape
+    x = jnp.asarray(logits(scale, rows, classes, seed=classes), dtype)
     rng = np.random.default_rng(1)
     normal, hot = rng.normal(size=x.shape), np.eye(classes)[rng.integers(0, classes, len(x))]
     for v in (normal, hot, np.eye(classes)[np.asarray(x).argmax(-1)], 1000 + normal, np.full(x.shape, 3.0)):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jaxact._canonical import (
 )
 from jaxact._classes import AxisName, Classes, alike, at_index, counts, label_index
 from jaxact._cross_entropy import label_losses
-from jaxact._exponentials import RowSums, at_most, row_sums, unless_all, widen
+from jaxact._exponentials import RowSums, at_most, in_one_kernel, is_largest, row_sums, sums_at_once, unless_all, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of
@@ -197,8 +198,8 @@ def softmax_cross_entropy(
     Derivative:
         p Σ q − q with q the smoothed and weighted labels of the classes that are possible; of the labels, −w log p, and
         0 where a class is impossible, because its logit is −inf or another's +inf.
-        Reverse mode keeps `logits` and `labels` as they are, and three numbers for each example; with a mask or options
-        q instead of `labels`, and adjusted logits in float32.
+        Reverse mode keeps `logits` and `labels` as they are, and up to three numbers for each example; with a mask or
+        options q instead of `labels`, and adjusted logits in float32.
 
     Numerics:
         The distance of each logit from the maximum, and log1p of the sum over all classes but one at the maximum: never
@@ -254,55 +255,71 @@ def _of_probabilities(
 @jax.custom_vjp
 def _soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     """−Σ q log p of each row, and the sums it is made of, as constants."""
-    sums = row_sums(x, None, (x.ndim - 1,))
+    axis = (x.ndim - 1,)
+    sums = row_sums(x, None, axis)
     largest, tiny = (float(a) for a in (jnp.finfo(sums.peak.dtype).max, jnp.finfo(sums.peak.dtype).tiny))
 
     # With m the maximum, −log p = (m − x) + log(1 + others), of two terms that are positive or 0. The minimum, as in
     # `exponentials`, keeps m − x from being contracted with what the logits are made of.
     def quick(x: Array, q: Array, sums: RowSums) -> Array:
-        nll = (sums.peak - at_most(sums.peak, widen(x))) + jnp.log1p(sums.others)
-        return jnp.sum(q.astype(nll.dtype) * nll, -1)
+        peak = sums.peak[..., None]
+        nll = (peak - at_most(peak, widen(x))) + jnp.log1p(sums.others)[..., None]
+        # Infinite beside +inf and the largest number. (Not a comparison, for one kernel.)
+        return jnp.sum(q.astype(nll.dtype) * nll, -1) - jnp.log1p(-is_largest(sums.peak))
 
-    def exact(x: Array, q: Array, sums: RowSums, loss: Array) -> Array:
+    def exact(x: Array, q: Array, loss: Array) -> Array:
+        sums = sums_at_once(x, None, axis)
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
         # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA.
-        nll = _distance(x, sums.peak) + jnp.log1p(sums.others)
+        nll = _distance(x, sums.peak) + jnp.log1p(sums.others)[..., None]
         factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -largest)
         loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
-        total = sums.total[..., 0]
-        return jnp.where(total == 0, 0, jnp.where(jnp.isnan(total), jnp.nan, loss))  # the limits may have lost a nan
+        # The limits may have lost a nan.
+        return jnp.where(sums.total == 0, 0, jnp.where(jnp.isnan(sums.total), jnp.nan, loss))
 
     # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
-    loss = quick(*lax.optimization_barrier((x, q, sums)))
-    finite = jnp.isfinite(loss) & (sums.peak[..., 0] < largest)
-    return unless_all(finite, exact, lambda x, q, sums, loss: loss, x, q, sums, loss), sums
+    loss = quick(*((x, q, sums) if in_one_kernel(x, axis) else lax.optimization_barrier((x, q, sums))))
+    return unless_all(jnp.isfinite(loss), exact, lambda x, q, loss: loss, x, q, loss), sums
 
 
 def _distance(x: Array, peak: Array) -> Array:
     """Of logits from the maximum: infinite at −inf, and beside +inf or the largest number."""
     largest = float(jnp.finfo(peak.dtype).max)
     # The difference is 0 or at least an ulp of the largest number, so the product is 0 or infinite.
-    return (peak - at_most(peak, widen(x))) * jnp.where(peak == largest, largest, 1)
+    scale = jnp.maximum(is_largest(peak) * largest, 1)[..., None]
+    return (peak[..., None] - at_most(peak[..., None], widen(x))) * scale
 
 
 def _soft_losses_fwd(x: Array, q: Array) -> Any:
     loss, sums = _soft_losses(x, q)
-    return (loss, sums), (x, q, sums)
+    return (loss, sums), (x, q, loss if in_one_kernel(x, (x.ndim - 1,)) else sums)
 
 
 def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
-    x, q, sums = residuals
-    g = cotangents[0][..., None]
+    x, q, kept = residuals
+    g, axis = cotangents[0][..., None], (x.ndim - 1,)
 
-    def of_log_p(x: Array, sums: RowSums, g: Array, q: Array) -> Array:
-        # That of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
-        largest = float(jnp.finfo(sums.peak.dtype).max)
-        possible = jnp.minimum(largest - jnp.minimum(_distance(x, sums.peak), largest), 1)
-        return -g * (q.astype(g.dtype) * possible)
+    def of_likely(x: Array, peak: Array, g: Array, q: Array) -> Array:
+        return -g * q.astype(g.dtype)
 
-    log_p = _log_softmax(widen(x), None, (x.ndim - 1,))[0]
+    def of_possible(x: Array, peak: Array, g: Array, q: Array) -> Array:
+        # The log p of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
+        largest = float(jnp.finfo(peak.dtype).max)
+        possible = jnp.minimum(largest - jnp.minimum(_distance(x, peak), largest), 1)
+        return of_likely(x, peak, g, q) * possible
+
+    def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
+        return jax.checkpoint(lambda x, g, q: without_mean(cotangent, x, None, None, axis, g, q), prevent_cse=False)
+
+    if in_one_kernel(x, axis):
+        # Where all losses are finite, what is impossible has no label.
+        finite = jnp.isfinite(lax.stop_gradient(kept))
+        x_bar = unless_all(finite, in_one(of_possible), in_one(of_likely), x, g, q)
+    else:
+        x_bar = without_mean(of_possible, x, None, kept, axis, g, q)
+    log_p = _log_softmax(widen(x), None, axis)[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
-    return without_mean(of_log_p, x, None, sums, (x.ndim - 1,), g, q).astype(x.dtype), q_bar.astype(q.dtype)
+    return x_bar.astype(x.dtype), q_bar.astype(q.dtype)
 
 
 _soft_losses.defvjp(_soft_losses_fwd, _soft_losses_bwd)
