@@ -132,8 +132,13 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
 def elsewhere(x: Array, peak: Array, axis: Axes) -> Array:
     """0 where the maximum is attained and 2 elsewhere."""
     # Not 1, a limit that other kernels have as well: a constant of two kernels is written to memory at full size.
+    return jnp.minimum(below(peak, x, axis) / -float(jnp.finfo(x.dtype).tiny), 2)
+
+
+def below(peak: Array, x: Array, axis: Axes) -> Array:
+    """x − m, at most 0. The minimum, as in `exponentials`."""
     top = spread(peak, axis)
-    return jnp.minimum((top - at_most(top, x)) / float(jnp.finfo(x.dtype).tiny), 2)
+    return at_most(top, x) - top
 
 
 def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:

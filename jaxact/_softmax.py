@@ -18,6 +18,7 @@ from jaxact._exponentials import (
     RowSums,
     Sums,
     at_most,
+    below,
     certain,
     class_count,
     divisor,
@@ -193,7 +194,7 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
     # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide. Not in one
     # kernel, which it would part.
     again, peak = (x, sums.peak) if in_one_kernel(x, axis) else lax.optimization_barrier((x, sums.peak))
-    d = at_most(spread(peak, axis), widen(again)) - spread(peak, axis)
+    d = below(peak, widen(again), axis)
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf.
     excess = widen(maximum(x, axis)) - peak

@@ -24,7 +24,7 @@ from jaxact._canonical import (
 )
 from jaxact._classes import AxisName, Classes, alike, at_index, counts, label_index
 from jaxact._cross_entropy import label_losses
-from jaxact._exponentials import RowSums, at_most, in_one_kernel, is_largest, row_sums, sums_at_once, unless_all, widen
+from jaxact._exponentials import RowSums, below, in_one_kernel, is_largest, row_sums, sums_at_once, unless_all, widen
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of
@@ -259,35 +259,33 @@ def _soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     sums = row_sums(x, None, axis)
     largest, tiny = (float(a) for a in (jnp.finfo(sums.peak.dtype).max, jnp.finfo(sums.peak.dtype).tiny))
 
-    # With m the maximum, −log p = (m − x) + log(1 + others), of two terms that are positive or 0. The minimum, as in
-    # `exponentials`, keeps m − x from being contracted with what the logits are made of.
+    # With m the maximum, log p = (x − m) − log(1 + others), of two terms that are negative or 0.
     def quick(x: Array, q: Array, sums: RowSums) -> Array:
-        peak = sums.peak[..., None]
-        nll = (peak - at_most(peak, widen(x))) + jnp.log1p(sums.others)[..., None]
+        log_p = below(sums.peak, widen(x), axis) - jnp.log1p(sums.others)[..., None]
         # Infinite beside +inf and the largest number. (Not a comparison, for one kernel.)
-        return jnp.sum(q.astype(nll.dtype) * nll, -1) - jnp.log1p(-is_largest(sums.peak))
+        return -jnp.sum(q.astype(log_p.dtype) * log_p, -1) - jnp.log1p(-is_largest(sums.peak))
 
     def exact(x: Array, q: Array, loss: Array) -> Array:
-        sums = sums_at_once(x, None, axis)
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
-        # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA.
-        nll = _distance(x, sums.peak) + jnp.log1p(sums.others)[..., None]
-        factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -largest)
+        # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA; it is 0 where no
+        # class is left.
+        sums = sums_at_once(x, None, axis)
+        nll = jnp.log1p(sums.others)[..., None] - _below(x, sums.peak)
+        limit = largest * jnp.minimum(sums.total, 1)
+        factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -limit[..., None])
         loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
-        # The limits may have lost a nan.
-        return jnp.where(sums.total == 0, 0, jnp.where(jnp.isnan(sums.total), jnp.nan, loss))
+        return loss + 0 * sums.total  # the limits may have lost a nan
 
     # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
     loss = quick(*((x, q, sums) if in_one_kernel(x, axis) else lax.optimization_barrier((x, q, sums))))
     return unless_all(jnp.isfinite(loss), exact, lambda x, q, loss: loss, x, q, loss), sums
 
 
-def _distance(x: Array, peak: Array) -> Array:
-    """Of logits from the maximum: infinite at −inf, and beside +inf or the largest number."""
+def _below(x: Array, peak: Array) -> Array:
+    """Of logits, x − m: −inf at −inf, and beside +inf or the largest number."""
     largest = float(jnp.finfo(peak.dtype).max)
     # The difference is 0 or at least an ulp of the largest number, so the product is 0 or infinite.
-    scale = jnp.maximum(is_largest(peak) * largest, 1)[..., None]
-    return (peak[..., None] - at_most(peak[..., None], widen(x))) * scale
+    return below(peak, widen(x), (x.ndim - 1,)) * jnp.maximum(is_largest(peak) * largest, 1)[..., None]
 
 
 def _soft_losses_fwd(x: Array, q: Array) -> Any:
@@ -303,9 +301,9 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
         return -g * q.astype(g.dtype)
 
     def of_possible(x: Array, peak: Array, g: Array, q: Array) -> Array:
-        # The log p of an impossible class is constant. The factor is 0 where the distance is infinite and 1 elsewhere.
+        # The log p of an impossible class is constant. The factor is 0 where that is −inf and 1 elsewhere.
         largest = float(jnp.finfo(peak.dtype).max)
-        possible = jnp.minimum(largest - jnp.minimum(_distance(x, peak), largest), 1)
+        possible = jnp.minimum(largest + jnp.maximum(_below(x, peak), -largest), 1)
         return of_likely(x, peak, g, q) * possible
 
     def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
