@@ -251,6 +251,21 @@ def test_special_rows_change_no_other_of_many(rows: int, dtype: str) -> None:
         np.testing.assert_allclose(np.asarray(value[len(special) :]), np.asarray(ordinary), rtol=16 * U)
 
 
+@pytest.mark.parametrize("large", [INF, LARGEST])
+@pytest.mark.parametrize("rows", [1000, 5000])
+def test_a_label_beside_an_infinite_logit_among_many_rows(rows: int, large: float) -> None:
+    # The only row for which the quick sum is not enough; it would be a finite one.
+    x = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
+    x[7] = large, 0, 1
+    value, pull = jax.vjp(lambda x: dense_loss(x, jnp.eye(3)[1]), x)
+    (slope,) = pull(jnp.ones(rows))
+    special = np.arange(rows) == 7
+    np.testing.assert_array_equal(np.isinf(value), special)
+    assert np.asarray(slope)[7].tolist() == [0, 0, 0]
+    want, _, off, _ = oracles.label_cross_entropy(x[~special], np.ones(rows - 1, int))
+    assert (abs(np.asarray(value)[~special] - want) <= (8 * want + off) * U).all()  # 4 ulp, and the rounding of x − m
+
+
 def test_shapes_and_labels_of_every_dtype() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 300)), jnp.float32)
     want = integer_loss(x, jnp.array([100, 7]))
