@@ -95,6 +95,31 @@ def test_a_false_zero_of_the_oracle_convicts_nobody() -> None:
     assert "mpmath" in report.facts["oracle"]
 
 
+@pytest.mark.parametrize("shape", [(512,), (8, 128)])
+def test_the_oracle_knows_a_function_with_a_maximum_of_many_numbers(shape: tuple[int, ...]) -> None:
+    # Too long a program for mpmath, so that autodiff must do. Its rounding was found by moving the maximum too, which
+    # no number then equalled, and whose derivative became 0/0.
+    def parts(x: Any) -> Any:
+        top = jnp.max(x, -1, keepdims=True)
+        return top, jnp.exp(x - top), jnp.sum(jnp.exp(x - top), -1, keepdims=True)
+
+    @jax.custom_vjp
+    def logsumexp(x: Any) -> Any:
+        top, _, total = parts(x)
+        return (top + jnp.log(total))[..., 0]
+
+    def backward(x: Any, g: Any) -> Any:
+        _, e, total = parts(x)
+        return (g[..., None] * e / total,)
+
+    logsumexp.defvjp(lambda x: (logsumexp(x), x), backward)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), "float32")
+    for f in (logsumexp, functools.partial(jaxact.logsumexp, axis=-1)):
+        report = verify.rule(f, x, transforms=())
+        assert report.verdict == "verified", str(report)
+        assert "autodiff" in report.facts["oracle"]
+
+
 def test_two_runs_print_the_same_report_and_leave_the_configuration_alone() -> None:
     x = jnp.linspace(-4.0, 4.0, 7)
     before = jax.config.values.copy()

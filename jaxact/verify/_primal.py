@@ -18,6 +18,15 @@ _CALLS = {
     "pjit": "jaxpr",
 }
 
+# What selects, moves or only turns the sign of numbers does not round. (Were a maximum moved, no number would equal it,
+# and that is how JAX finds the one that it has the derivative of.)
+_EXACT = {
+    "abs", "broadcast_in_dim", "ceil", "clamp", "concatenate", "copy", "cummax", "cummin", "dynamic_slice",
+    "dynamic_update_slice", "floor", "gather", "iota", "max", "min", "neg", "optimization_barrier", "pad",
+    "reduce_max", "reduce_min", "reshape", "rev", "round", "scatter", "select_n", "sign", "slice", "sort", "split",
+    "squeeze", "top_k", "transpose",
+}  # fmt: skip
+
 
 def without_rules(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` with every `jax.custom_jvp` and `jax.custom_vjp` replaced by its primal, inside loops and branches too."""
@@ -32,14 +41,14 @@ def without_rules(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def perturbed(f: Callable[..., Any], signs: Any) -> Callable[..., Any]:
-    """`f` with the result of each operation off by a unit of float64 in the direction of the next of `signs`.
+    """`f` with what each operation rounds off by a unit of float64 in the direction of the next of `signs`.
 
     How far the result moves tells how much of it is rounding: Monte Carlo arithmetic.
     """
     count = itertools.count()
 
-    def nudge(y: Any) -> Any:
-        if not jnp.issubdtype(jnp.result_type(y), jnp.floating):
+    def nudge(primitive: str, y: Any) -> Any:
+        if primitive in _EXACT or not jnp.issubdtype(jnp.result_type(y), jnp.floating):
             return y
         return y * (1 + 2.0**-52 * signs[next(count) % len(signs)]).astype(y.dtype)
 
@@ -65,7 +74,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], after: Any
         else:
             outputs = equation.primitive.bind(*inputs, **{k: _strip(v) for k, v in equation.params.items()})
             outputs = outputs if equation.primitive.multiple_results else [outputs]
-            outputs = outputs if after is None else [after(y) for y in outputs]
+            outputs = outputs if after is None else [after(equation.primitive.name, y) for y in outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
