@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxact._error_free import product_and_rest, sum_and_rest
+
 # (eʳ − 1 − r)/r² for |r| ≤ log(2)/2 by Remez' algorithm: with it eʳ is within 0.06 u, but for rounding.
 _EXP = (0.50000001, 0.16666519, 0.041666206, 0.0083688894, 0.001395049)
 # log(2) in two parts, of which the first has 9 bits: small integers times it are exact.
@@ -41,6 +43,14 @@ def exp_and_rest(x: Array) -> tuple[Array, Array]:
     return two_to(k) * unit, p - (jnp.maximum(unit, 0.5) - 1)
 
 
+def exp_of_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """s and p with e^{a + b} = s(1 + p), of a ≤ 0 and a small b; s is 0 where that is not a normal number."""
+    if a.dtype != jnp.float32:
+        return jnp.exp(a), b
+    k, p = exponent_and_rest(jnp.maximum(a, -88.0))
+    return two_to(k), p + b * (1 + p)
+
+
 @jax.custom_jvp
 def exp(x: Array) -> Array:
     """eˣ of x ≤ 88; 0 where that is not a normal number. Not for what is then summed: XLA's sums take their own in."""
@@ -67,17 +77,48 @@ def log1p_of_fraction(e: Array) -> Array:
     return e + e * e * _polynomial(_LOG1P, e)
 
 
+def log1p_and_rest(e: Array, rest: Array) -> tuple[Array, Array]:
+    """log(1 + e + e·rest) of e in [0, 1] and a small rest: a number near it, and what is left, to 0.2 u of 1."""
+    of_rest = rest * e * (0.94 - 0.47 * e)  # over 1 + e, to 6 %: so little is enough
+    if e.dtype != jnp.float32:
+        return jnp.log1p(e), of_rest
+    # Of e − e²/2 + e²(P(e) + ½) only the last term is rounded, which is at most 0.2.
+    square, of_square = product_and_rest(e, e)
+    first, *others = _LOG1P
+    two, of_two = sum_and_rest(e, -square / 2)
+    all, of_all = sum_and_rest(two, square * _polynomial((first + 0.5, *others), e))
+    return all, (of_two + of_all) + (of_rest - of_square / 2)
+
+
 def log1p_of_positive(z: Array) -> Array:
     """log(1 + z) of z ≥ 0."""
     if z.dtype != jnp.float32:
         return jnp.log1p(z)
-    # 1 + z = 2ᵏ(1 + e) with 1 + e between √½ and √2, from whose bits we count. To take e of z, and not of 1 + z, keeps
-    # what that addition loses. At infinity e and the sum are −inf; hence the absolute value.
-    steps = lax.bitcast_convert_type(1 + z, jnp.int32) - 0x3F3504F3  # the bits of √½
-    exponent = steps & -0x800000  # 2²³k
-    power = _typed_as(z, lax.bitcast_convert_type(0x3F800000 - exponent, jnp.float32))  # from those of 1
-    e = z * power + (power - 1)
-    return jnp.abs(_typed_as(z, exponent) * (math.log(2) / 2**23) + (e + e * e * _polynomial(_LOG1P_CENTRED, e)))
+    # To take e of z, and not of 1 + z, keeps what that addition loses. At infinity e and the sum are −inf; hence the
+    # absolute value.
+    exponent, power = _centred(1 + z)
+    return jnp.abs(_log_centred(exponent, z * power + (power - 1)))
+
+
+def log(a: Array) -> Array:
+    """log a of normal numbers a > 0."""
+    if a.dtype != jnp.float32:
+        return jnp.log(a)
+    exponent, power = _centred(a)
+    return _log_centred(exponent, a * power - 1)
+
+
+def _centred(a: Array) -> tuple[Array, Array]:
+    """2²³k and 2⁻ᵏ with 2⁻ᵏa between √½ and √2, from its bits."""
+    steps = lax.bitcast_convert_type(a, jnp.int32) - 0x3F3504F3  # the bits of √½
+    exponent = steps & -0x800000
+    power = lax.bitcast_convert_type(0x3F800000 - exponent, jnp.float32)  # from those of 1
+    return _typed_as(a, exponent), _typed_as(a, power)
+
+
+def _log_centred(exponent: Array, e: Array) -> Array:
+    """log(2ᵏ(1 + e))."""
+    return exponent * (math.log(2) / 2**23) + (e + e * e * _polynomial(_LOG1P_CENTRED, e))
 
 
 def two_to(k: Array) -> Array:

@@ -132,7 +132,8 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
 def elsewhere(x: Array, peak: Array, axis: Axes) -> Array:
     """0 where the maximum is attained and 2 elsewhere."""
     # Not 1, a limit that other kernels have as well: a constant of two kernels is written to memory at full size.
-    return jnp.minimum(below(peak, x, axis) / -float(jnp.finfo(x.dtype).tiny), 2)
+    # A constant, to autodiff: the slope of the limit would be that of a step.
+    return jnp.minimum(lax.stop_gradient(below(peak, x, axis)) / -float(jnp.finfo(x.dtype).tiny), 2)
 
 
 def below(peak: Array, x: Array, axis: Axes) -> Array:

@@ -23,11 +23,10 @@ U = UNIT["float32"]
 KINDS = pytest.mark.parametrize("kind", ["integer", "one-hot", "binary", "focal"])
 SCALES = pytest.mark.parametrize("scale", [1, 10, 30, "confident"])
 # The integer loss has 4 ulp: log1p has one, its argument two, a last sum one. The binary one has an exponential of one
-# and a polynomial of 1. log_softmax has 12 (test_softmax.py), and the sum over the labels 2. The focal loss is
-# e²·log(1 + e)/(1 + e)²: three times what the argument of the exponential rounds, the polynomial, and six roundings of
-# half an ulp.
-# Measured 2.5, 2.4, 2.0 and 4.9; of the gradients 5.1, 2.3, 6.3 and 7.6 u.
-ULPS = {"integer": 4, "one-hot": 14, "binary": 3, "focal": 5}
+# and a polynomial of 1. log_softmax has 12 (test_softmax.py), and the sum over the labels 2. The focal loss is a
+# product of two factors that are known to more digits, and has two roundings more; its gradient has a few factors.
+# Measured 2.5, 2.4, 2.0 and 1.7; of the gradients 5.1, 2.3, 6.3 and 4.0 u.
+ULPS = {"integer": 4, "one-hot": 14, "binary": 3, "focal": 3}
 
 
 def data(scale: float | str, dtype: str) -> tuple[Any, Any]:
@@ -95,15 +94,16 @@ def test_values_and_gradients(kind: str, scale: float | str, dtype: str) -> None
     assert (abs(np.asarray(pushed, np.float64) - terms) <= allowed + LOST["float32"]).all()
 
 
-# Documented, 6 where it is 5 here: a larger power has more roundings, and one that is not whole multiplies that of a
-# quotient. Among more numbers 3.0, 3.5, 3.2, 3.9, 3.8, 5.3 and 5.1 were measured.
+# 4 is documented up to 5; beyond, the rounding of log(1 + e), multiplied by the power, is more. Of every third number the
+# largest are 1.2, 2.0, 1.2, 1.9, 1.6, 2.2, 2.5, 2.2 and 3.5.
 @pytest.mark.parametrize(
     ("gamma", "alpha", "limit"),
-    [(1, None, 4), (1, 0.25, 4), (2, None, 4), (2, 0.25, 4), (3, None, 5), (3, 0.25, 5), (1.5, None, 6)],
+    [(g, a, 3) for g in (1, 2, 3) for a in (None, 0.3)] + [(0.5, None, 3), (1.5, 0.3, 3), (5, 0.3, 4)],
 )
 def test_focal_loss_beyond_what_the_rounding_of_x_changes(gamma: float, alpha: float | None, limit: float) -> None:
     # Every 101st number from 2⁻¹⁰ to 8: beyond, the rounding of x allows for more than there is.
     magnitude = np.arange(0x3A800000, 0x41000000, 101, dtype=np.int32).view(np.float32)
+    alpha = alpha and float(np.float32(alpha))
     for positive, share in ((True, alpha or 1), (False, 1 - (alpha or 0))):
         x = np.concatenate([magnitude, -magnitude])
         value, slope = oracles.focal_loss(x, np.full(x.shape, positive), gamma)
@@ -146,7 +146,7 @@ def of_label_0(x: Any) -> Any:
     ]
 
 
-@pytest.mark.parametrize("gap", [-30.0, 0.3, 12.0, 20.0, 60.0, 200.0])
+@pytest.mark.parametrize("gap", [-30.0, 0.0, 0.3, 12.0, 20.0, 60.0, 200.0])
 def test_three_derivatives_against_mpmath(gap: float, x64: None) -> None:
     for dtype in ("float64", "float32") if gap < 80 else ("float64",):
         x = jnp.asarray(gap, dtype)
