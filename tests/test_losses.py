@@ -94,8 +94,8 @@ def test_values_and_gradients(kind: str, scale: float | str, dtype: str) -> None
     assert (abs(np.asarray(pushed, np.float64) - terms) <= allowed + LOST["float32"]).all()
 
 
-# 4 is documented up to 5; beyond, the rounding of log(1 + e), multiplied by the power, is more. Of every third number the
-# largest are 1.2, 2.0, 1.2, 1.9, 1.6, 2.2, 2.5, 2.2 and 3.5.
+# 4 is documented up to 5; beyond, the rounding of log(1 + e), multiplied by the power, is more. Of every third number
+# the largest are 1.2, 2.0, 1.2, 1.9, 1.6, 2.2, 2.5, 2.2 and 3.5.
 @pytest.mark.parametrize(
     ("gamma", "alpha", "limit"),
     [(g, a, 3) for g in (1, 2, 3) for a in (None, 0.3)] + [(0.5, None, 3), (1.5, 0.3, 3), (5, 0.3, 4)],
