@@ -81,7 +81,7 @@ def _memory(axes: Axes, outcome: Outcome) -> None:
     axes.set(xlabel="V, the number of classes", ylabel="temporary memory", xlim=(sizes[0] / 1.3, sizes[-1] * 1.9))
     axes.margins(y=0.08)
     if (known := fused[np.isfinite(fused)]).size:
-        axes.set_ylim(bottom=known.min() / 2)  # room for the label
+        axes.set_ylim(bottom=np.min(known) / 2)  # room for the label
     axes.xaxis.set_major_locator(FixedLocator(sizes.tolist(), nbins=8))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
