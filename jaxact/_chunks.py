@@ -108,6 +108,7 @@ def _attached_jvp(how: How, primals: Any, tangents: Any) -> Any:
     # their loop, the tangents of w would be a carry, of which the next derivative keeps one for every chunk. Here they
     # are a constant, and where JAX transposes this loop, the gradient is summed as it is in `sweep`.
     operands, tokens, rows = primals
+    known = attached(how, operands, tokens, rows)  # not `rows`: the next derivative is of what is returned here
     moving = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents[0])
     asked = jax.tree.map(lambda t, m: t if m else None, tangents[0], moving)
     samples = _samples(operands)
@@ -129,7 +130,7 @@ def _attached_jvp(how: How, primals: Any, tangents: Any) -> Any:
     _, rows_dot = _in_chunks(how, step, None, operands, (operands.x, tokens, pushed.x, floats))
     if how.extras:
         rows_dot = rows_dot._replace(predicted=np.zeros(rows.loss.shape, jax.dtypes.float0))
-    return rows, rows_dot
+    return known, rows_dot
 
 
 def _asked_for(arguments: Any) -> Any:

@@ -110,8 +110,8 @@ def _binary_cross_entropy(x: Array, y: Array, weight: Array | None) -> Array:
 
 
 def _times(a: Array, b: Array) -> Array:
-    """a·b, and 0 where `a` is 0, of infinity too."""
-    return jnp.where(a == 0, 0, a * b)
+    """a·b, and 0 where `a` is 0 and `b` infinite. (Not wherever `a` is 0: the derivative there is b.)"""
+    return a * jnp.where((a == 0) & jnp.isinf(b), 0, b)
 
 
 def _binary_cross_entropy_fwd(x: Array, y: Array, weight: Array | None) -> Any:
@@ -195,11 +195,6 @@ def _share(y: Array, alpha: Array | None) -> Array | float:
     return 1.0 if alpha is None else alpha * y + (1 - alpha) * (1 - y)
 
 
-def _rest(x: Array, y: Array) -> Array:
-    """q = 1 − p_t."""
-    return (1 - y) * sigmoid(x) + y * sigmoid(-x)
-
-
 _FAR = 1024.0  # beyond, e^−|x| is 0 in every dtype
 
 
@@ -215,7 +210,7 @@ def _far(x: Array, y: Array) -> Array:
 
 
 def _power(x: Array, y: Array, gamma: Array) -> tuple[Array, Array]:
-    """s and p with q^γ = s(1 + p), of which 1 + p would be rounded."""
+    """s and p with q^γ = s(1 + p), of which 1 + p would be rounded; q = 1 − p_t."""
     # log q is −|x| − log(1 + e) where x is on the label's side, and −log(1 + e) on the other. A power multiplies
     # every rounding before it, so that this is known to more digits than a number has.
     e, log_whole, of_whole = _log_whole(x)
@@ -236,26 +231,47 @@ def _focus(x: Array, y: Array, gamma: Array) -> Array:
 @_focus.defjvp
 def _focus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, y, gamma), (x_dot, y_dot, gamma_dot) = primals, tangents
-    focus = _focus(x, y, gamma)
-    of_log = gamma * (_log_slope(x, y) * x_dot + (1 - 2 * sigmoid(x)) / _positive_rest(x, y) * y_dot)
-    return focus, focus * of_log + _times(focus, _log_rest(x, y)) * gamma_dot
+    focus, (log_q, log_q_dot) = _focus(x, y, gamma), jax.jvp(_log_rest, (x, y), (x_dot, y_dot))
+    return focus, focus * (gamma * log_q_dot) + _times(focus, log_q) * gamma_dot
+
+
+# For y = 0 and 1, log q and its slope are those in which nothing cancels. Their derivatives are written for any
+# y, since a choice by y has none in it.
+
+
+@jax.custom_jvp
+def _log_rest(x: Array, y: Array) -> Array:
+    """log q."""
+    return jnp.where(y == 1, -softplus(x), jnp.where(y == 0, -softplus(-x), jnp.log(_positive_rest(x, y))))
+
+
+@_log_rest.defjvp
+def _log_rest_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, y), (x_dot, y_dot) = primals, tangents
+    of_label = (sigmoid(-x) - sigmoid(x)) / _positive_rest(x, y)
+    return _log_rest(x, y), (1 - 2 * y) * _slope_ratio(x, y) * x_dot + of_label * y_dot
+
+
+@jax.custom_jvp
+def _slope_ratio(x: Array, y: Array) -> Array:
+    """σ′/q, so that ∂log q/∂x = (1 − 2y) σ′/q."""
+    soft = sigmoid(x) * sigmoid(-x) / _positive_rest(x, y)
+    return jnp.where(y == 1, sigmoid(x), jnp.where(y == 0, sigmoid(-x), soft))
+
+
+@_slope_ratio.defjvp
+def _slope_ratio_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # With σ″ = σ′(σ(−x) − σ(x)), ∂/∂x is the ratio times (y σ(−x)² − (1 − y) σ(x)²)/q.
+    (x, y), (x_dot, y_dot) = primals, tangents
+    ratio, p, rest, q = _slope_ratio(x, y), sigmoid(x), sigmoid(-x), _positive_rest(x, y)
+    of_logit = y * rest * (rest / q) - (1 - y) * p * (p / q)
+    return ratio, ratio * (of_logit * x_dot - (rest - p) / q * y_dot)
 
 
 def _positive_rest(x: Array, y: Array) -> Array:
     """q, or 1 where it is 0, to divide by."""
-    q = _rest(x, y)
+    q = (1 - y) * sigmoid(x) + y * sigmoid(-x)
     return jnp.where(q == 0, 1, q)
-
-
-def _log_slope(x: Array, y: Array) -> Array:
-    """∂log q/∂x = (1 − 2y) σ′/q."""
-    soft = (1 - 2 * y) * sigmoid(x) * sigmoid(-x) / _positive_rest(x, y)
-    return jnp.where(y == 1, -sigmoid(x), jnp.where(y == 0, sigmoid(-x), soft))
-
-
-def _log_rest(x: Array, y: Array) -> Array:
-    """log q."""
-    return jnp.where(y == 1, -softplus(x), jnp.where(y == 0, -softplus(-x), jnp.log(_positive_rest(x, y))))
 
 
 @forward_mode
@@ -281,7 +297,7 @@ def _focal_loss_bwd(residuals: Any, g: Array) -> Any:
     wide = widen(x)
     focus, loss, share = _focus(wide, y, gamma), _binary_cross_entropy(wide, y, None), _share(y, alpha)
     slope = (1 - y) * sigmoid(wide) - y * sigmoid(-wide)
-    x_bar = share * focus * (_times(gamma * _log_slope(wide, y), loss) + slope)
+    x_bar = share * focus * (_times(gamma * (1 - 2 * y) * _slope_ratio(wide, y), loss) + slope)
     # ∂q/∂y = 1 − 2p, and that of the cross-entropy is −x.
     of_labels = _times(gamma * focus * (1 - 2 * sigmoid(wide)), loss / _positive_rest(wide, y)) - _times(focus, wide)
     y_bar = share * of_labels
