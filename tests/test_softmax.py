@@ -101,6 +101,19 @@ def test_softmax_of_hard_rows(row: list[float], padding: int) -> None:
     assert ulps(jaxact.softmax(x), exact_value("softmax", x)) <= 6
 
 
+@pytest.mark.parametrize("classes", [16, 64, 1000])
+@pytest.mark.parametrize(("rows", "limit"), [(1, 60), (2500, 12)])
+def test_one_class_above_many_that_are_equal(classes: int, rows: int, limit: int) -> None:
+    # What a row's sum loses where each of the others is just too small to count beside the one: documented, in u. Two
+    # levels of 32 additions in small arrays; in large ones up to 12 in each of the lanes.
+    gaps = np.linspace(12, 17.4, 55, dtype=np.float32)
+    for gap in gaps if rows == 1 else [np.resize(gaps, rows)]:
+        x = np.tile(np.reshape(-gap, (-1, 1)), (1, classes))
+        x[:, 0] = 0
+        error = abs(np.asarray(jaxact.softmax(x), np.float64) / exact_value("softmax", x) - 1)
+        assert error.max() <= limit * 2.0**-24
+
+
 @pytest.mark.parametrize(("dtype", "room"), [("float32", 86), ("float64", 707)])
 @pytest.mark.parametrize("count", [8, 2**15])
 def test_many_classes_at_a_large_maximum(count: int, dtype: str, room: int, x64: None) -> None:
@@ -195,10 +208,10 @@ def test_shapes_and_promotion(name: str) -> None:
 
 # Derivatives. exp has 1.4 u, so a probability has 6: its exponential, up to 3.6 in the sum, a reciprocal and a product.
 # A derivative of log_softmax has one probability, and two roundings, and the pushforward those of a sum; one of softmax
-# has two probabilities and two roundings more. Measured 7.0, 6.2 and 12.6. In 16-bit types the saved y has 1 u, and the
-# result another.
+# has two probabilities and two roundings more, and those of a sum in which one class dominates are of one sign.
+# Measured over 80 seeds 8.5, 18.3 and 15.7. In 16-bit types the saved y has 1 u, and the result another.
 
-BOUND = {("log_softmax", "vjp"): 8, ("log_softmax", "jvp"): 10, ("softmax", "vjp"): 14, ("softmax", "jvp"): 14}
+BOUND = {("log_softmax", "vjp"): 10, ("log_softmax", "jvp"): 20, ("softmax", "vjp"): 20, ("softmax", "jvp"): 20}
 
 
 @functools.cache
@@ -226,7 +239,7 @@ def test_each_element_of_a_derivative_of_many_classes(
     # Of few classes test_rules.py verifies the whole Jacobian.
     bound_in_u = BOUND[name, mode] if dtype == "float32" else 4
     rows, classes = shape
-    x = jnp.asarray(logits(scale, rows, classes, seed=classes), dtype)
+    x = jnp.asarray(logits(scale, rows, classes, seed=0), dtype)
     rng = np.random.default_rng(1)
     normal, hot = rng.normal(size=x.shape), np.eye(classes)[rng.integers(0, classes, len(x))]
     for v in (normal, hot, np.eye(classes)[np.asarray(x).argmax(-1)], 1000 + normal, np.full(x.shape, 3.0)):
