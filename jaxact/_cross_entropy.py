@@ -117,12 +117,12 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
     shift, at_label, others = sums
     # Of −log p_y = (c − z_y) + log(Σ e^{z − c}) both terms are positive or 0. Where c = z_y, 1 drops out of the sum.
-    log_total = jnp.log1p(others + (at_label - 1))
+    empty = at_label + others == 0
+    log_total = jnp.where(empty, 0, jnp.log1p(others + (at_label - 1)))
     nll = jnp.where(z_y >= shift, 0, shift - z_y) + log_total
     # The shift is the largest finite number where a logit is infinite, which takes all, unless there is a nan.
     infinite = (shift >= float(jnp.finfo(z.dtype).max)) & ~jnp.isnan(others)
     nll = jnp.where(infinite & (z_y < jnp.inf), jnp.inf, nll)
-    empty = at_label + others == 0
     nll, lse = jnp.where(empty, 0, nll), jnp.where(empty, -jnp.inf, jnp.where(infinite, jnp.inf, shift + log_total))
     if weights is None:
         uniform = jnp.zeros_like(nll)

@@ -170,11 +170,12 @@ def _weighted_logsumexp_bwd(axis: Axes, residuals: Any, g: Any) -> Any:
     a, b = widen(a), widen(b)
     out, sign, g_out = (spread(widen(a), axis) for a in (out, sign, g[0]))
     # ∂out/∂b = s e^{a − out}. A sum that is empty has no derivative, and exponents of +inf share the row by weight.
-    empty = out == -jnp.inf
+    # Both are left out of the difference too: infinity less infinity has no second derivative.
+    unknown = jnp.isinf(out)
     infinite = (a == jnp.inf) & (b != 0)
     share = spread(1 / jnp.abs(jnp.sum(jnp.where(infinite, b, 0), axis)), axis)
-    ratio = jnp.where(out == jnp.inf, jnp.where(infinite, share, 0), jnp.exp(jnp.where(empty, -jnp.inf, a) - out))
-    ratio = jnp.where(empty, 0, ratio)
+    known = jnp.exp(jnp.where(unknown, -jnp.inf, a) - jnp.where(unknown, 0, out))
+    ratio = jnp.where(infinite & (out == jnp.inf), share, known)
     b_bar = g_out * sign * ratio
     # A term of weight 0 does not count, however large its exponent; but ∂ā/∂b is not 0 there.
     a_bar = g_out * sign * b * jnp.where((b == 0) & ~jnp.isfinite(ratio), 0, ratio)

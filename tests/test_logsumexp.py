@@ -172,6 +172,11 @@ def test_special_values(weighted: bool) -> None:
         np.testing.assert_array_equal(np.asarray(f(x)), np.float32(want))
         for run in (jax.jacrev, jax.jacfwd):
             np.testing.assert_array_equal(np.asarray(run(f)(x)), np.array(gradient, np.float32))
+            if NAN not in a:  # p(1 − p) and −pq, of probabilities that are 0 or share a limit
+                second = np.diag(gradient) - np.outer(gradient, gradient)
+                if INF in a and weighted:  # the shares are constant
+                    second = np.zeros_like(second)
+                np.testing.assert_array_equal(np.asarray(run(jax.grad(f))(x)), np.float32(second))
     rows = jaxact.logsumexp(jnp.array([[NAN, 0.0], [1.0, -INF]]), axis=1)
     assert jnp.isnan(rows).tolist() == [True, False]
 

@@ -211,6 +211,14 @@ def test_infinite_logits_with_smoothing_and_z_loss(label: int) -> None:
         assert not jnp.isnan(jax.grad(lambda x, loss=loss: loss(x, z_loss=0.1))(x)).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1, "temperature": 2.0}])
+def test_a_row_without_classes_has_no_loss(options: dict[str, Any]) -> None:
+    x, one_hot = jnp.full(3, -INF), jnp.eye(3)[1]
+    for loss in (lambda x: integer_loss(x, 1, **options), lambda x: dense_loss(x, one_hot, **options)):
+        assert loss(x) == 0
+        assert jax.grad(loss)(x).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 2.5])
 def test_second_derivatives_of_the_focal_loss_are_numbers(gamma: float) -> None:
     x = jnp.array([30.0, 45.0, 60.0, 80.0, 90.0, 200.0, 1e4])
