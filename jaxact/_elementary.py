@@ -86,8 +86,8 @@ def log1p_and_rest(e: Array, rest: Array) -> tuple[Array, Array]:
     square, of_square = product_and_rest(e, e)
     first, *others = _LOG1P
     two, of_two = sum_and_rest(e, -square / 2)
-    all, of_all = sum_and_rest(two, square * _polynomial((first + 0.5, *others), e))
-    return all, (of_two + of_all) + (of_rest - of_square / 2)
+    total, of_total = sum_and_rest(two, square * _polynomial((first + 0.5, *others), e))
+    return total, (of_two + of_total) + (of_rest - of_square / 2)
 
 
 def log1p_of_positive(z: Array) -> Array:

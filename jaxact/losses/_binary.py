@@ -235,8 +235,8 @@ def _focus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return focus, focus * (gamma * log_q_dot) + _times(focus, log_q) * gamma_dot
 
 
-# For y = 0 and 1, log q and its slope are those in which nothing cancels. Their derivatives are written for any
-# y, since a choice by y has none in it.
+# For y = 0 and 1, log q and its slope are those in which nothing cancels. Their derivatives are written for any y,
+# since a choice by y has none in it.
 
 
 @jax.custom_jvp
