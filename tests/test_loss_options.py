@@ -238,6 +238,13 @@ def test_derivative_of_the_focal_loss_in_gamma() -> None:
             np.testing.assert_allclose(float(got), want, rtol=(32 + 2 * gamma * abs(x)) * U, atol=2.0**-126)
 
 
+@pytest.mark.parametrize("x", [INF, -INF])
+@pytest.mark.parametrize("label", [0, 1])
+def test_an_infinite_logit_leaves_the_focal_loss_constant_in_gamma(x: float, label: int) -> None:
+    # q is 0, as the loss is, or 1, whose powers are 1.
+    assert jax.grad(lambda g: focal_loss(x, label, gamma=g))(2.0) == 0
+
+
 def test_a_list_as_mask_is_refused() -> None:
     no_mask: Any = [[True, True, False]] * 2
     for f, labels in ((integer_loss, LABELS), (dense_loss, ROWS), (binary_loss, ROWS)):

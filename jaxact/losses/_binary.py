@@ -305,7 +305,7 @@ def _focal_loss_bwd(residuals: Any, g: Array) -> Any:
     if alpha is not None:
         y_bar = y_bar + (2 * alpha - 1) * _times(focus, loss)
         alpha_bar = g * (2 * y - 1) * _times(focus, loss)
-    gamma_bar = jnp.sum(g * share * _times(focus * loss, _log_rest(wide, y)))
+    gamma_bar = jnp.sum(g * share * _times(_times(focus, _log_rest(wide, y)), loss))
     return (g * x_bar).astype(x.dtype), g * y_bar, alpha_bar, gamma_bar
 
 
