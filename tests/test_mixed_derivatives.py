@@ -32,9 +32,9 @@ def focal(x: Any, y: Any, alpha: Any, gamma: Any) -> Any:
 
 def of_labels(z: Any, y: Any, smoothing: Any, z_loss: Any, weights: Any) -> Any:
     log_p, lse = z - logsumexp(z)[..., None], logsumexp(z)
-    at_label = (weights[y], jnp.take_along_axis(log_p, y[..., None], -1)[..., 0])
+    at_label = weights[y] * jnp.take_along_axis(log_p, y[..., None], -1)[..., 0]
     spread = smoothing / z.shape[-1] * jnp.sum(weights * log_p, -1)
-    return -(1 - smoothing) * at_label[0] * at_label[1] - spread + z_loss * lse**2
+    return -(1 - smoothing) * at_label - spread + z_loss * lse**2
 
 
 def adjusted(z: Any, cap: Any, temperature: Any) -> Any:
