@@ -44,6 +44,11 @@ def compute_dtype(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
+def widen(x: Array) -> Array:
+    """`x` in the dtype to compute in."""
+    return x.astype(compute_dtype(x.dtype))
+
+
 def rounded_once(f: Callable[..., Any]) -> Callable[..., Any]:
     """Computes `f` in float32 or wider and rounds the results once, to the dtype of its first argument."""
 
@@ -60,20 +65,27 @@ def _convert(dtype: Any, a: Any) -> Any:
     return a.astype(dtype) if hasattr(a, "dtype") and a.dtype != dtype else a
 
 
-def canonical_axis(name: str, axis: Axis, ndim: int) -> tuple[int, ...]:
+def static_axis(axis: Any) -> Axis:
+    """`axis` as what a jitted call can hash. A list counts as a tuple, as in `jax.nn`."""
+    if axis is None:
+        return None
+    try:
+        return tuple(map(operator.index, axis)) if isinstance(axis, (tuple, list)) else operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an int, a tuple of ints or None, got {axis!r}.") from None
+
+
+def canonical_axis(axis: Axis, ndim: int) -> tuple[int, ...]:
     """`axis` as a sorted tuple of distinct axes in [0, ndim); None means all."""
     if axis is None:
         return tuple(range(ndim))
-    try:
-        axes = tuple(operator.index(a) for a in (axis if isinstance(axis, tuple) else (axis,)))
-    except TypeError:
-        raise TypeError(f"{name} must be an int, a tuple of ints or None, got {axis!r}.") from None
+    axes = axis if isinstance(axis, tuple) else (axis,)
     for a in axes:
         if not -ndim <= a < ndim:
-            raise ValueError(f"{name}={axis} is out of range for an array with {ndim} dimensions.")
+            raise ValueError(f"axis={axis} is out of range for an array with {ndim} dimensions.")
     canonical = tuple(sorted({a % ndim for a in axes}))
     if len(canonical) < len(axes):
-        raise ValueError(f"{name}={axis} names an axis twice.")
+        raise ValueError(f"axis={axis} names an axis twice.")
     return canonical
 
 
@@ -114,6 +126,14 @@ def canonical_int(name: str, value: Any, least: int | None = None) -> int:
 def canonical_temperature(temperature: ArrayLike) -> ArrayLike | None:
     """The temperature, or None for a literal 1, which then costs nothing."""
     return canonical_scalar("temperature", temperature, lambda t: 0 < t < math.inf, "positive and finite", nothing=1)
+
+
+def divisor(temperature: ArrayLike | None, x: Array) -> Array | None:
+    """The temperature as what `x` is divided by: nan where it is not positive, which a traced one may be."""
+    if temperature is None:
+        return None
+    t = as_float("temperature", temperature).astype(compute_dtype(x.dtype))
+    return jnp.where(t > 0, t, jnp.nan)
 
 
 def canonical_scalar(

@@ -11,7 +11,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxact._classes import AxisName, Classes, at_index, vary, varying
 from jaxact._cross_entropy import entropy, label_losses, logit_cotangent, predicted
-from jaxact._forward_mode import forward_mode, of_moving
+from jaxact._forward_mode import forward_mode, of_perturbed
 from jaxact._options import Adjustment, Losses, Options
 
 CHUNK_BYTES = 2**25  # of logits that are held at a time, at least, by default
@@ -20,7 +20,7 @@ CHUNK_BYTES = 2**25  # of logits that are held at a time, at least, by default
 class How(NamedTuple):
     """What is known before the arrays; hashable."""
 
-    layout: str
+    class_axis: int  # of w
     chunk: int | None
     accum_dtype: Any
     precision: Any
@@ -83,8 +83,8 @@ def _weighted(loss: Array, weight: Array) -> Array:
 def _total_fwd(how: How, *arguments: Any) -> Any:
     # The cotangent of a loss is its weight, but for one factor. So the gradients can be formed here, where the logits
     # are at hand.
-    moving, (operands, tokens, weight) = _asked_for(arguments[0]), _values(arguments)
-    rows, gradients = sweep(how, operands, tokens, Rows(weight, jnp.zeros_like(weight)), moving)
+    perturbed, (operands, tokens, weight) = _perturbed(arguments[0]), _values(arguments)
+    rows, gradients = sweep(how, operands, tokens, Rows(weight, jnp.zeros_like(weight)), perturbed)
     return _weighted(rows.loss, weight), (gradients, _samples(operands), rows.loss)
 
 
@@ -109,10 +109,10 @@ def _attached_jvp(how: How, primals: Any, tangents: Any) -> Any:
     # are a constant, and where JAX transposes this loop, the gradient is summed as it is in `sweep`.
     operands, tokens, rows = primals
     known = attached(how, operands, tokens, rows)  # not `rows`: the next derivative is of what is returned here
-    moving = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents[0])
-    asked = jax.tree.map(lambda t, m: t if m else None, tangents[0], moving)
+    perturbed = jax.tree.map(lambda t: not isinstance(t, SymbolicZero), tangents[0])
+    asked = jax.tree.map(lambda t, m: t if m else None, tangents[0], perturbed)
     samples = _samples(operands)
-    operands, zeros = _accumulators(how, operands, tokens, rows, moving)
+    operands, zeros = _accumulators(how, operands, tokens, rows, perturbed)
     (pushed,) = jax.linear_transpose(lambda gradients: _cotangents(how, gradients, samples), zeros)(asked)
     of_all, zeros = pushed._replace(x=None), zeros._replace(x=None)
 
@@ -120,7 +120,7 @@ def _attached_jvp(how: How, primals: Any, tangents: Any) -> Any:
         x, tokens, x_dot, rows = inputs
 
         def backward(g: Rows) -> Any:
-            sums, (_, x_bar) = _chunk(how, operands._replace(x=x), tokens, g, moving, zeros)
+            sums, (_, x_bar) = _chunk(how, operands._replace(x=x), tokens, g, perturbed, zeros)
             return sums, x_bar
 
         (rows_dot,) = jax.linear_transpose(backward, rows)((of_all, x_dot))
@@ -133,7 +133,7 @@ def _attached_jvp(how: How, primals: Any, tangents: Any) -> Any:
     return known, rows_dot
 
 
-def _asked_for(arguments: Any) -> Any:
+def _perturbed(arguments: Any) -> Any:
     """Which leaves are differentiated."""
     return jax.tree.map(lambda a: a.perturbed, arguments, is_leaf=_is_leaf)
 
@@ -167,7 +167,8 @@ def _cotangents(how: How, gradients: Any, samples: Any) -> Any:
 
     tree: Any = jax.tree.structure(samples)
     # w, the bias and the weights are split, and what is a matter of rows is computed on each.
-    alone = Operands(False, True, True, Options(False, True, True, False, True))
+    options = Options(temperature=False, label_smoothing=True, z_loss=True, logit_softcap=False, class_weight=True)
+    alone = Operands(False, True, True, options)
     return tree.unflatten(map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), along(alone, samples)))
 
 
@@ -177,38 +178,43 @@ def along(prefix: Any, tree: Any) -> list[Any]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
-def sweep(how: How, operands: Operands, tokens: Tokens, g: Rows | None = None, moving: Any = None) -> tuple[Rows, Any]:
+def sweep(
+    how: How, operands: Operands, tokens: Tokens, g: Rows | None = None, perturbed: Any = None
+) -> tuple[Rows, Any]:
     """The rows and, where their cotangents are given, the cotangents of the operands asked for, None for the others."""
-    return _sweep(how, moving, operands, tokens, g)
+    return _sweep(how, perturbed, operands, tokens, g)
 
 
 @functools.partial(sweep.defjvp, symbolic_zeros=True)
-def _sweep_jvp(how: How, moving: Any, primals: Any, tangents: Any) -> Any:
+def _sweep_jvp(how: How, perturbed: Any, primals: Any, tangents: Any) -> Any:
     # Where a step holds one array of logits, its derivative holds some five.
     fine = how._replace(chunk=_quarter(how, primals[0]))
-    f, values, of_values = of_moving(lambda *arrays: _sweep(fine, moving, *arrays), primals, tangents)
+    f, values, of_values = of_perturbed(lambda *arrays: _sweep(fine, perturbed, *arrays), primals, tangents)
     return jax.jvp(f, (values,), (of_values,))
 
 
-def _sweep(how: How, moving: Any, operands: Operands, tokens: Tokens, g: Rows | None) -> tuple[Rows, Any]:
-    moving = jax.tree.map(lambda a: False, operands) if moving is None else moving
-    operands, zeros = _accumulators(how, operands, tokens, g, moving)
+def _sweep(how: How, perturbed: Any, operands: Operands, tokens: Tokens, g: Rows | None) -> tuple[Rows, Any]:
+    perturbed = jax.tree.map(lambda a: False, operands) if perturbed is None else perturbed
+    operands, zeros = _accumulators(how, operands, tokens, g, perturbed)
 
     def step(sums: Any, inputs: Any) -> Any:
         x, tokens, g = inputs
-        return _chunk(how, operands._replace(x=x), tokens, g, moving, sums)
+        return _chunk(how, operands._replace(x=x), tokens, g, perturbed, sums)
 
     sums, (rows, x_bar) = _in_chunks(how, step, zeros._replace(x=None), operands, (operands.x, tokens, g))
     return rows, sums._replace(x=x_bar)
 
 
-def _accumulators(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving: Any) -> tuple[Operands, Any]:
+def _accumulators(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturbed: Any) -> tuple[Operands, Any]:
     """The operands as a loop takes them, and zeros for the cotangents of those asked for."""
     # Inside `shard_map`, cotangents are summed over devices at the end. What differs between them must say so, or JAX
     # would sum those of the options in every step.
     of_rows = frozenset[Any]().union(*map(varying, jax.tree.leaves((operands.x, tokens.live, g))))
     of_all = of_rows | varying(operands.w)
-    prefix = Operands(of_all, of_all, of_all, Options(of_all, of_rows, of_rows, of_all, of_all))
+    of_options = Options(
+        temperature=of_all, label_smoothing=of_rows, z_loss=of_rows, logit_softcap=of_all, class_weight=of_all
+    )
+    prefix = Operands(of_all, of_all, of_all, of_options)
     axes = jax.tree.broadcast(prefix, operands)
     operands = operands._replace(options=jax.tree.map(vary, operands.options, axes.options))
 
@@ -216,7 +222,7 @@ def _accumulators(how: How, operands: Operands, tokens: Tokens, g: Rows | None, 
         dtype = jnp.promote_types(how.accum_dtype, jnp.result_type(a))
         return vary(jnp.zeros(jnp.shape(a), dtype), axes) if m else None
 
-    return operands, jax.tree.map(zeros, operands, moving, axes)
+    return operands, jax.tree.map(zeros, operands, perturbed, axes)
 
 
 def _in_chunks(how: How, step: Any, sums: Any, operands: Operands, inputs: Any) -> tuple[Any, Any]:
@@ -261,20 +267,18 @@ def _even(n: int, most: int) -> int:
     return n // next((count for count in range(least, 2 * least) if n % count == 0), least) if n else 1
 
 
-def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving: Any, sums: Any) -> Any:
+def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturbed: Any, sums: Any) -> Any:
     """One chunk: its rows and the cotangent of its x; the cotangents of the other operands are added to `sums`."""
     x, w, bias, options = operands
     x = jnp.where(tokens.live[:, None], x, 0)  # 0 times nan, otherwise, in the products
-    # The axes of w that x is multiplied over, and the other.
-    over, other = (0, 1) if how.layout == "dv" else (1, 0)
-    z = how.product(x, w, 1, over)
+    z = how.product(x, w, 1, 1 - how.class_axis)
     if bias is not None:
         z = z + bias.astype(z.dtype)
 
     weights = options.weights(z.shape[-1], z.dtype)
-    spread, adjust = options.spread(weights, z.dtype), options.adjustment(z)
+    smoothing, adjust = options.smoothing_weights(weights, z.dtype), options.adjustment(z)
     adjusted, pull_adjust = jax.vjp(lambda z, adjust: adjust(z), z, adjust)
-    losses, given = label_losses(how.classes, adjusted, tokens.y, tokens.live, spread, Adjustment(None, None))
+    losses, label_sums = label_losses(how.classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment(None, None))
 
     def loss_of(losses: Losses, options: Options) -> Array:
         by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)
@@ -283,7 +287,7 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving:
     loss, pull_loss = jax.vjp(loss_of, losses, options)
     rows = Rows(loss, losses.lse)
     if how.extras:
-        nats, pull_entropy = entropy(adjusted, given, how.classes)
+        nats, pull_entropy = entropy(adjusted, label_sums, how.classes)
         rows = Rows(loss, losses.lse, jnp.where(tokens.live, nats, 0), predicted(adjusted, how.classes))
     if g is None:
         return sums, (rows, None)
@@ -292,24 +296,24 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, moving:
     # it transposes inside a loop.
     losses_bar, options_bar = pull_loss(g.loss)
     losses_bar = losses_bar._replace(lse=losses_bar.lse + g.lse)
-    z_bar, spread_bar = logit_cotangent(
-        adjusted, tokens.y, tokens.live, spread, losses.nll, given, losses_bar, how.classes
+    z_bar, smoothing_bar = logit_cotangent(
+        adjusted, tokens.y, tokens.live, smoothing, losses.nll, label_sums, losses_bar, how.classes
     )
     if how.extras:
         z_bar = z_bar + jnp.where(tokens.live[:, None], pull_entropy(g.entropy), 0)
     z_bar, adjust_bar = pull_adjust(z_bar)
-    # The adjustment and the spread are the options themselves.
-    of_adjust = {"temperature": adjust_bar.temperature, "logit_softcap": adjust_bar.cap, "class_weight": spread_bar}
+    # The adjustment and the weights of smoothing are the options themselves.
+    of_adjust = {"temperature": adjust_bar.temperature, "logit_softcap": adjust_bar.cap, "class_weight": smoothing_bar}
     options_bar = options_bar._replace(
         **{k: getattr(options_bar, k) + v for k, v in of_adjust.items() if None not in (getattr(options, k), v)}
     )
-    bars = Operands(None, None, z_bar.sum(0) if moving.bias else None, options_bar)
+    bars = Operands(None, None, z_bar.sum(0) if perturbed.bias else None, options_bar)
     z_bar = z_bar.astype(x.dtype)
-    x_bar = how.product(z_bar, w, 1, other) if moving.x else None
-    if moving.w and how.layout == "dv":
+    x_bar = how.product(z_bar, w, 1, how.class_axis) if perturbed.x else None
+    if perturbed.w and how.class_axis:
         # XLA for CPU multiplies a third slower where it has to transpose the left factor as it goes.
         bars = bars._replace(w=how.product(lax.optimization_barrier(x.T), z_bar, 1, 0))
-    elif moving.w:
+    elif perturbed.w:
         bars = bars._replace(w=how.product(z_bar, x, 0, 0))
     # The tree of the sums has None for what is not asked for.
     sums = jax.tree.map(lambda a, b: None if a is None else a + b, sums, bars, is_leaf=lambda a: a is None)

@@ -69,7 +69,7 @@ def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | No
     return total if varying(local) else local + lax.stop_gradient(total - local)
 
 
-def counts(labels: Array, ignore_index: int) -> Array:
+def not_ignored(labels: Array, ignore_index: int) -> Array:
     """Where a label is not the one to ignore, which may not even exist in its dtype."""
     info = jnp.iinfo(labels.dtype)
     known = info.min <= ignore_index <= info.max

@@ -48,7 +48,7 @@ def _places(z: Array) -> Array:
     return jnp.arange(z.shape[-1], dtype=compute_dtype(z.dtype) if z.shape[-1] <= 2**24 else jnp.int32)
 
 
-def at_label(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
+def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     """z_y, with the class axis kept; infinite if it is the largest number."""
     if _whole(x, classes):
         z_y = finite(adjust(jnp.take_along_axis(x, y[..., None], -1, mode="clip")))
@@ -62,7 +62,7 @@ def at_label(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
 
 def _whole(x: Array, classes: Classes) -> bool:
     """Whether the classes are split neither by hand nor over the explicit axes of a mesh."""
-    return classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
+    return classes.axis_name is None and not jax.typeof(x).sharding.spec[-1]
 
 
 def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
@@ -88,7 +88,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
 
     What a gather or a branch is given is written to memory: logits as they are, which may have 16 bits.
     """
-    z_y = at_label(x, adjust, y, classes)
+    z_y = label_logit(x, adjust, y, classes)
 
     def about_label(x: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
         return LabelSums(finite(z_y), jnp.ones_like(z_y), others)
@@ -127,15 +127,15 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
     if weights is None:
         uniform = jnp.zeros_like(nll)
     else:
-        at_each, heavy, count = _spread(z, weights, classes)
+        at_each, weight_sum, count = _existing_weights(z, weights, classes)
         # Beside an infinite logit every other class is infinitely unlikely.
         distance = jnp.where(infinite & (z < jnp.inf), jnp.inf, shift - finite(z))
         distance = classes.sum(jnp.where(at_each == 0, 0, at_each * distance))
-        uniform = (heavy * log_total + distance) / count
+        uniform = (weight_sum * log_total + distance) / count
     return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
 
 
-def _spread(z: Array, weights: Array, classes: Classes) -> tuple[Array, Array, Array]:
+def _existing_weights(z: Array, weights: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """The weights of the classes that exist, their sum, and the number of those classes, at least 1."""
     exist = z != -jnp.inf
     at_each = jnp.where(exist, weights.astype(z.dtype), 0)
@@ -195,9 +195,9 @@ def logit_cotangent(
     # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count.
     nll, g_nll, g_lse, g_uniform = (a[..., None] for a in (nll, *g))
     if weights is not None:
-        at_each, heavy, count = _spread(z, weights, classes)
+        at_each, weight_sum, count = _existing_weights(z, weights, classes)
         g_each = g_uniform / count
-        g_lse = g_lse + g_each * heavy
+        g_lse = g_lse + g_each * weight_sum
     p = _probabilities(classes, z, sums)
     # Nor is it to keep the distances.
     places = _places(z)

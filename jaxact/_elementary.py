@@ -27,9 +27,14 @@ _LOG1P_CENTRED = (
 
 def exponent_and_rest(x: Array) -> tuple[Array, Array]:
     """k and p with eˣ = 2ᵏ(1 + p), |p| < ½, of float32 between −88 and 88. To add 1 would round p."""
-    k = jnp.round(x * (1 / math.log(2)))
-    r = (x - k * _LOG2[0]) - k * _LOG2[1]
+    k, r = _reduced(x)
     return k, r + r * r * _polynomial(_EXP, r)
+
+
+def _reduced(x: Array) -> tuple[Array, Array]:
+    """k and r with x = k·log 2 + r, |r| ≤ log(2)/2."""
+    k = jnp.round(x * (1 / math.log(2)))
+    return k, (x - k * _LOG2[0]) - k * _LOG2[1]
 
 
 def exp_and_rest(x: Array) -> tuple[Array, Array]:
@@ -56,8 +61,8 @@ def exp(x: Array) -> Array:
     """eˣ of x ≤ 88; 0 where that is not a normal number. Not for what is then summed: XLA's sums take their own in."""
     if x.dtype != jnp.float32:
         return jnp.exp(x)
-    k, p = exponent_and_rest(jnp.maximum(x, -88.0))
-    return two_to(k) * (1 + p)
+    k, r = _reduced(jnp.maximum(x, -88.0))
+    return two_to(k) * _polynomial((1.0, 1.0, *_EXP), r)
 
 
 @exp.defjvp

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, compute_dtype
+from jaxact._canonical import widen
 
 Axes = tuple[int, ...]
 
@@ -236,14 +235,3 @@ def is_largest(peak: Array) -> Array:
 
 def class_count(x: Array, axis: Axes) -> int:
     return math.prod(x.shape[a] for a in axis)
-
-
-def divisor(temperature: ArrayLike | None, x: Array) -> Array | None:
-    if temperature is None:
-        return None
-    t = as_float("temperature", temperature).astype(compute_dtype(x.dtype))
-    return jnp.where(t > 0, t, jnp.nan)
-
-
-def widen(x: Array) -> Array:
-    return x.astype(compute_dtype(x.dtype))

@@ -39,9 +39,9 @@ def forward_mode(f: jax.custom_vjp) -> Any:
             kernel). A backward pass that adds a constant is not linear either, but transposes without complaint.
 
     Numerics:
-        The pushforward evaluates the same products as the backward pass. The residuals are wrapped in
-        `jax.checkpoint`, since JAX would otherwise save what the backward pass computes from them. A backward
-        pass that loops with `lax.scan` needs its body wrapped in `jax.checkpoint(..., prevent_cse=False)` too.
+        The pushforward evaluates the same products as the backward pass. That is wrapped in `jax.checkpoint`,
+        since JAX would otherwise save what it computes from the residuals. A backward pass that loops with
+        `lax.scan` needs its body wrapped in `jax.checkpoint(..., prevent_cse=False)` too.
 
         JAX 0.10 forgets custom rules, its own `jax.custom_jvp` included, in the forward derivative of the gradient of
         a `lax.scan` (`jax.hessian` of a loop). Here that is an error and not a wrong number; JAX 0.12 has mended it.
@@ -90,25 +90,25 @@ def _bind_static(f: jax.custom_vjp, static: list[Any], count: int) -> Callable[.
     return bound
 
 
-def of_moving(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Callable[..., Any], list[Any], list[Any]]:
+def of_perturbed(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Callable[..., Any], list[Any], list[Any]]:
     """`f` as a function of the leaves that have a tangent, with their values and tangents."""
     tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
     leaves, tree = jax.tree.flatten(primals)
     tangent_leaves = tree.flatten_up_to(tangents)
     moves = [not isinstance(t, SymbolicZero) for t in tangent_leaves]
 
-    def f_of_moving(moving: list[Any]) -> Any:
-        rest = iter(moving)
+    def f_of_perturbed(perturbed: list[Any]) -> Any:
+        rest = iter(perturbed)
         return f(*tree.unflatten(next(rest) if m else leaf for m, leaf in zip(moves, leaves, strict=True)))
 
     values, of_values = ([a for m, a in zip(moves, all, strict=True) if m] for all in (leaves, tangent_leaves))
-    return f_of_moving, values, of_values
+    return f_of_perturbed, values, of_values
 
 
 def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: Any, tangents: Any) -> Any:
     out_tree: Any
-    f_of_moving, values, moving_tangents = of_moving(bound, primals, tangents)
-    out, vjp = jax.vjp(f_of_moving, values)
+    f_of_perturbed, values, perturbed_tangents = of_perturbed(bound, primals, tangents)
+    out, vjp = jax.vjp(f_of_perturbed, values)
     out_leaves, out_tree = jax.tree.flatten(out)
     is_float = [jnp.issubdtype(jnp.result_type(y), jnp.inexact) for y in out_leaves]
 
@@ -120,12 +120,12 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
 
     transpose = jax.linear_transpose(backward, [y for y, inexact in zip(out_leaves, is_float, strict=True) if inexact])
     try:
-        (float_tangents,) = transpose(moving_tangents)
+        (float_tangents,) = transpose(perturbed_tangents)
     except Exception:
         # At higher orders this also runs the rules of functions that the backward pass calls, whose errors are not
         # ours to explain. Transposing shapes alone runs none of them.
         try:
-            jax.eval_shape(transpose, moving_tangents)
+            jax.eval_shape(transpose, perturbed_tangents)
         except Exception as error:
             raise TypeError(_not_transposable(f, error)) from error
         raise

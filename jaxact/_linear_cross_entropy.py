@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, canonical_int, masked, require_array, require_arrays
 from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted_total
-from jaxact._classes import AxisName, at_index, counts, label_index
+from jaxact._classes import AxisName, at_index, label_index, not_ignored
 from jaxact._options import Options
 
 
@@ -68,15 +68,16 @@ def linear_cross_entropy(
         ignore_index: the label of tokens that do not count; None for none.
         token_weight: a factor for each token, broadcastable to the shape of `labels`.
         class_weight: (V,), a factor for each class, as in PyTorch.
-        label_smoothing: ε in [0, 1], spread over all classes.
+        label_smoothing: ε in [0, 1], spread over the classes that exist: a bias of −inf removes one.
         z_loss: the coefficient of (log Σ e^z)².
         temperature: divides the logits; a scalar > 0.
         logit_softcap: a positive number C; logits become C·tanh(logits/C) first.
         reduction: "mean" divides the sum by that of the weights, of token and class, of tokens that count, and is 0
             where that is 0; "sum"; or "none" for the loss of each token.
         chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or somewhat less than
-            what the gradient of `w` takes. Second derivatives of "mean" and "sum" take a quarter of it.
-        accum_dtype: what the products and the gradient of `w` are accumulated in; never narrower than `x`.
+            the gradient of `w` takes if that is more. Second derivatives of "mean" and "sum" take a quarter of it.
+        accum_dtype: float32 or float64, what the products and the gradient of `w` are accumulated in; never narrower
+            than `x`.
         precision: of the products, as for `jax.numpy.matmul`.
         axis_name: inside `shard_map`, the mesh axis over which V is split by hand: `w`, `bias` and `class_weight` are
             then this device's part, and labels count through all parts. With check_vma=False take gradients inside it;
@@ -84,8 +85,8 @@ def linear_cross_entropy(
         return_aux: also return an `Auxiliary`.
 
     Returns:
-        The loss, a scalar or with the shape of `labels`, in float32 (float64 for float64 inputs); with `return_aux` the
-        pair of it and an `Auxiliary`. nan for a label out of range.
+        The loss, a scalar or with the shape of `labels`, in float32 (float64 if `x` or `accum_dtype` is); with
+        `return_aux` the pair of it and an `Auxiliary`. nan for a label out of range.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype, or `x` and `w` differ in dtype.
@@ -125,12 +126,14 @@ def linear_cross_entropy(
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
     if not jnp.issubdtype(jnp.dtype(accum_dtype), jnp.floating):
         raise TypeError(f"accum_dtype must be a float type, got {accum_dtype!r}.")
+    if jnp.finfo(accum_dtype).bits < 32:
+        raise ValueError(f"accum_dtype must have at least 32 bits, got {jnp.dtype(accum_dtype)}.")
     try:
         precision = lax.Precision(precision) if isinstance(precision, str) else precision
     except ValueError:
         raise ValueError(f"precision must be as for jax.numpy.matmul, got {precision!r}.") from None
     how = How(
-        w_layout, None if chunk == "auto" else canonical_int("chunk", chunk, 1), jnp.dtype(accum_dtype),
+        int(w_layout == "dv"), None if chunk == "auto" else canonical_int("chunk", chunk, 1), jnp.dtype(accum_dtype),
         precision, axis_name, return_aux,
     )  # fmt: skip
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
@@ -155,9 +158,9 @@ def _of_any(
 ) -> Any:
     x, w, labels = as_float("x", x), as_float("w", w), jnp.asarray(labels)
     shape = labels.shape
-    features, vocabulary = (w.shape if how.layout == "dv" else w.shape[::-1]) if w.ndim == 2 else (-1, -1)
+    features, vocabulary = (w.shape if how.class_axis else w.shape[::-1]) if w.ndim == 2 else (-1, -1)
     if x.ndim == 0 or x.shape[-1] != features:
-        wanted = "(D, V)" if how.layout == "dv" else "(V, D)"
+        wanted = "(D, V)" if how.class_axis else "(V, D)"
         raise ValueError(f"x must have shape (..., D) and w {wanted}, got {x.shape} and {w.shape}.")
     if x.dtype != w.dtype:
         raise TypeError(f"x and w must have one dtype, got {x.dtype} and {w.dtype}: cast the one you mean to.")
@@ -172,7 +175,7 @@ def _of_any(
             raise ValueError(f"bias must have shape ({vocabulary},), got {bias.shape}.")
     live = jnp.ones(shape, bool) if where is None else masked(jnp.ones(shape, bool), where, False)
     if ignore_index is not None:
-        live &= counts(labels, ignore_index)
+        live &= not_ignored(labels, ignore_index)
     weight = jnp.ones(shape, dtype)
     if token_weight is not None:
         try:
@@ -187,8 +190,8 @@ def _of_any(
 
 def _on_mesh(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array | None, options: Options) -> Any:
     """The loss; where the axes of the arrays' mesh are explicit, of each device's part, and then of all."""
-    sharding, place = jax.typeof(x).sharding, 1 if how.layout == "dv" else 0
-    split = _names(jax.typeof(w).sharding.spec[place])
+    sharding = jax.typeof(x).sharding
+    split = _names(jax.typeof(w).sharding.spec[how.class_axis])
     # A mesh axis that splits the classes cannot split the tokens too.
     batch = [tuple(name for name in _names(entry) if name not in split) for entry in sharding.spec[:-1]]
     names = tuple(name for entry in batch for name in entry)
@@ -196,8 +199,9 @@ def _on_mesh(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Ar
         return _loss(how, reduction, x, w, tokens, bias, options)
     mesh = sharding.mesh if names else jax.typeof(w).sharding.mesh
     by_class, by_token = P(split or None), P(*(entry or None for entry in batch))
-    of_options = Options(P(), P(), P(), P(), by_class)
-    specs = (P(*by_token, None), P(None, *by_class) if place else P(*by_class, None), by_token, by_class, of_options)
+    of_options = Options(P(), P(), P(), P(), class_weight=by_class)
+    of_w = P(None, *by_class) if how.class_axis else P(*by_class, None)
+    specs = (P(*by_token, None), of_w, by_token, by_class, of_options)
     here = how._replace(axis_name=split or None, batch=names)
     out = P() if reduction != "none" else by_token
     of_device = jax.shard_map(
@@ -222,7 +226,7 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
     labels, live, weight = tokens
     shape, dtype = labels.shape, weight.dtype
     labels, live, weight = labels.ravel(), live.ravel(), weight.ravel()
-    y, exists = label_index(labels, w.shape[how.layout == "dv"], how.axis_name)
+    y, exists = label_index(labels, w.shape[how.class_axis], how.axis_name)
     # As a factor nan reaches the gradient too.
     weight = jnp.where(live, jnp.where(exists, weight, jnp.nan), 0)
     given = Operands(x.reshape(-1, x.shape[-1]), w, bias, options), Tokens(y, live)
@@ -245,5 +249,5 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
         return loss
     number = jnp.where(live, rows.predicted, -1)
     fields = (rows.lse, rows.entropy, number, live & exists & (number == labels))
-    lse, spread, number, correct = (a.reshape(shape) for a in fields)
-    return loss, Auxiliary(lse, spread, number, correct, how.over_batch(jnp.sum(live)))
+    lse, entropy, predicted, correct = (a.reshape(shape) for a in fields)
+    return loss, Auxiliary(lse, entropy, predicted, correct, how.over_batch(jnp.sum(live)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, rounded_once
+from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, rounded_once, static_axis, widen
 from jaxact._exponentials import (
     UNSHIFTED,
     Axes,
@@ -20,7 +20,6 @@ from jaxact._exponentials import (
     spread,
     total_unshifted,
     unless_all,
-    widen,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._softmax import _softmax
@@ -54,11 +53,12 @@ def logsumexp(
 
     Derivative:
         ā = ḡ softmax(a); with weights āᵢ = ḡ s bᵢ e^{aᵢ−out} and b̄ᵢ = ḡ s e^{aᵢ−out}, s the sign, also at bᵢ = 0.
-        0 where the sum is empty. Reverse mode keeps `a` (and `b`).
+        0 where the sum is empty. Reverse mode keeps `a` and two numbers for each sum; with weights `a`, `b` and two.
 
     Numerics:
         m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0; on CPU, log Σ
-        where all sums are between e and e⁶³, for which no maximum need be found.
+        where all sums are between e and e⁶³, for which no maximum need be found. With `b`, terms whose exponent is 87
+        or more (708 in float64) below the largest of those with b ≠ 0 are lost, whatever the weights.
         16-bit types are computed in float32 and rounded once. Held by `tests/test_logsumexp.py`.
 
     Example:
@@ -74,7 +74,7 @@ def logsumexp(
     """
     if b is not None:
         require_array("b", b)
-    return _logsumexp_of_any(require_array("a", a), axis, b, keepdims, return_sign, where)
+    return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, keepdims, return_sign, where)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
@@ -89,7 +89,7 @@ def _logsumexp_of_any(
             a, b = jnp.broadcast_arrays(a.astype(dtype), b.astype(dtype))
         except ValueError:
             raise ValueError(f"b must broadcast against a, of shape {a.shape}, got shape {b.shape}.") from None
-    axes = canonical_axis("axis", axis, a.ndim)
+    axes = canonical_axis(axis, a.ndim)
     x = masked(a, where, -math.inf)
     if b is None:
         out, _ = _logsumexp(x, axes)

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype
-from jaxact._exponentials import divisor, widen
+from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype, divisor, widen
 
 
 class Losses(NamedTuple):
@@ -76,7 +75,7 @@ class Options(NamedTuple):
             raise ValueError(f"class_weight must have shape ({classes},), got {weights.shape}.")
         return weights.astype(dtype)
 
-    def spread(self, weights: Array | None, dtype: Any) -> Array | None:
+    def smoothing_weights(self, weights: Array | None, dtype: Any) -> Array | None:
         """The weights by which smoothing spreads a label, where it does."""
         if self.label_smoothing is None:
             return None

@@ -11,7 +11,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jaxact._canonical import Axis, as_float, canonical_axis, canonical_temperature, masked, require_array
+from jaxact._canonical import (
+    Axis,
+    as_float,
+    canonical_axis,
+    canonical_temperature,
+    divisor,
+    masked,
+    require_array,
+    static_axis,
+    widen,
+)
 from jaxact._elementary import exp
 from jaxact._exponentials import (
     Axes,
@@ -21,7 +31,6 @@ from jaxact._exponentials import (
     below,
     certain,
     class_count,
-    divisor,
     exponentials,
     finite,
     if_dominated,
@@ -35,7 +44,6 @@ from jaxact._exponentials import (
     times_jacobian,
     total_unshifted,
     unless_all,
-    widen,
 )
 from jaxact._forward_mode import forward_mode
 
@@ -53,8 +61,8 @@ def softmax(
 
     Returns:
         Probabilities with the shape and dtype of `x`, summing to 1 over `axis`. Exactly 0 for a class that is masked
-        or has logit −inf; all 0 where no class is left. Logits of +inf share the row equally, and so does the
-        largest finite number beside them. A nan makes its own row nan and no other.
+        or has logit −inf; all 0 where no class is left. Logits of +inf share the row equally; beside
+        them the largest finite number counts as one. A nan makes its own row nan and no other.
 
     Raises:
         TypeError: if `x` is complex or not an array, `axis` not integer, `where` not boolean.
@@ -80,13 +88,13 @@ def softmax(
     References:
         jax issues 40386, 40344, 37234, 17117 and 13529.
     """
-    return _softmax_of_any(require_array("x", x), axis, where, canonical_temperature(temperature))
+    return _softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
-    axes = canonical_axis("axis", axis, x.ndim)
+    axes = canonical_axis(axis, x.ndim)
     return _softmax(masked(x, where, -math.inf), divisor(temperature, x), None, axes, False)
 
 
@@ -153,7 +161,7 @@ def log_softmax(
 
     Returns:
         Log-probabilities ≤ 0 with the shape and dtype of `x`; −inf for a class that is masked or has logit −inf.
-        Logits of +inf share the row equally, and so does the largest finite number beside them. A nan makes its
+        Logits of +inf share the row equally; beside them the largest finite number counts as one. A nan makes its
         own row nan and no other.
 
     Raises:
@@ -162,10 +170,11 @@ def log_softmax(
 
     Derivative:
         x̄ = (ȳ − p Σ ȳ)/T with p = softmax(x/T), and T̄ = −Σ x̄ log p. The cotangent of a result that is −inf because
-        its logit is counts as 0. Reverse mode keeps `x`.
+        its logit is counts as 0. Reverse mode keeps `x`, and up to three numbers for each row.
 
     Numerics:
-        Relatively accurate however near 0 the result: log1p of the other classes' sum and not the log of the whole.
+        At most 12 ulp in float32 at logit scale 30, however near 0 the result: log1p of the other classes' sum and not
+        the log of the whole.
         The gradient is within 10·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element, the pushforward, which ends in a sum, within 20. 16-bit
         types are computed in float32 and rounded once. Held by `tests/test_softmax.py`.
 
@@ -178,13 +187,13 @@ def log_softmax(
     References:
         jax issues 40384, 40409, 19490 and 23842.
     """
-    return _log_softmax_of_any(require_array("x", x), axis, where, canonical_temperature(temperature))
+    return _log_softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
-    axes = canonical_axis("axis", axis, x.ndim)
+    axes = canonical_axis(axis, x.ndim)
     return _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes)[0]
 
 

@@ -67,6 +67,7 @@ def log_odds_against(z: Float[Array, "examples logits"], y: Int[Array, " example
 def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]) -> Float[Array, " examples"]:
     """−log of the label's probability, one loss per example: binary for one logit, over the classes for several.
 
+    Of finite logits; nan for a label that is none of the classes. `jaxact.losses` has masks, infinities and options.
     Computed as softplus of the log-odds against the label. Every term is positive, so the loss is relatively accurate
     however small and never falsely 0; the gradient at the label is minus the sum of the others.
 
@@ -76,7 +77,8 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
         >>> print(cross_entropy(jnp.array([[-30.0, 0.0, 0.0]]), jnp.array([1])).round(4))
         [0.6931]
     """
-    return softplus(log_odds_against(z, y))
+    exists = (y >= 0) & (y < max(z.shape[1], 2))
+    return jnp.where(exists, softplus(log_odds_against(z, y)), jnp.nan)
 
 
 def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Array, "..."]:
@@ -195,12 +197,13 @@ def train_twins(
         steps: number of full-batch steps, at least 1.
         key: for the starting point; `jax.random.key(0)` by default.
         matched: False gives both models the same learning rate and decay, to show that the curves then differ.
-        progress: called with the number of steps done so far; training is then cut into segments.
+        progress: called with the number of steps done so far, of 2·`steps`: the sigmoid's, then the softmax's. Training
+            is then cut into segments.
         loss: (params, x, y) ↦ mean loss, to compare another implementation; by default the mean of `cross_entropy`.
 
     Returns:
         `Twins`, with `.sigmoid` and `.softmax`, each with `.loss` (before each step), `.accuracy` and `.params`, and
-        the gap between them. Arithmetic is in the dtype of `x`.
+        the gap between them. Arithmetic is in the dtype of `jnp.asarray(x)`: float64 needs `jax_enable_x64`.
 
     Raises:
         ValueError: if `x` or `y` has the wrong shape, no rows, nan or infinite features, labels other than 0 and 1 or
@@ -247,7 +250,7 @@ def _checked_data(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
         raise ValueError(f"y must have shape ({len(features)},), one label per row of x, got {labels.shape}.")
     if features.size == 0:
         raise ValueError(f"x must have at least one row and one column, got shape {features.shape}.")
-    if not (np.issubdtype(features.dtype, np.floating) or np.issubdtype(features.dtype, np.integer)):
+    if not (jnp.issubdtype(features.dtype, jnp.floating) or jnp.issubdtype(features.dtype, jnp.integer)):
         raise ValueError(f"x must be numeric, got dtype {features.dtype}.")
     if not np.isfinite(features).all():
         row, column = np.argwhere(~np.isfinite(features))[0]
@@ -257,7 +260,7 @@ def _checked_data(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
         raise ValueError(f"y must hold labels 0 and 1, got {classes.tolist()[:5]}.")
     if len(classes) < 2:
         raise ValueError(f"y must hold both classes, got only {classes.tolist()[0]}.")
-    array = jnp.asarray(features if np.issubdtype(features.dtype, np.floating) else features.astype(float))
+    array = jnp.asarray(features if jnp.issubdtype(features.dtype, jnp.floating) else features.astype(float))
     return array, jnp.asarray(labels.astype(np.int32))
 
 

@@ -133,6 +133,9 @@ def test_losses_agree_with_float64() -> None:
     confident = classifiers.cross_entropy(jnp.array([[60.0, 0.0, 0.0]]), jnp.array([0]))
     # 2e⁻⁶⁰; its logarithm −59.3 is rounded on the way, by 2⁻¹⁹. Log-sum-exp minus the label's logit would give 0.
     np.testing.assert_allclose(confident, [2 * np.exp(-60.0)], rtol=2**-18)
+    for logits, classes in ((1, 2), (3, 3)):
+        exists = np.isfinite(classifiers.cross_entropy(jnp.zeros((5, logits)), jnp.arange(-1, 4)))
+        np.testing.assert_array_equal(exists, (np.arange(-1, 4) >= 0) & (np.arange(-1, 4) < classes))
 
 
 def test_gradient_at_the_label_is_the_sum_of_the_others() -> None:

@@ -295,6 +295,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("temperature", {"temperature": np.ones(2)}, ValueError), ("logit_softcap", {"logit_softcap": 0}, ValueError),
     ("reduction", {"reduction": "avg"}, ValueError), ("chunk", {"chunk": 0}, ValueError),
     ("chunk", {"chunk": 1.5}, TypeError), ("accum_dtype", {"accum_dtype": int}, TypeError),
+    ("accum_dtype", {"accum_dtype": jnp.float16}, ValueError),
     ("precision", {"precision": "sharp"}, ValueError),
 ]  # fmt: skip
 

@@ -137,6 +137,14 @@ def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str]) -> 
                     put = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, rows), (v, rows), (y, labels))]
                     agree(jax.jit(functools.partial(run, plain))(*put), want)
 
+        # So many classes are folded, on each device that has whole rows.
+        x_wide, y_wide = np.float32(rng.normal(size=(8, 1024)) * 5), rng.integers(0, 1024, 8)
+        want = jax.jit(functools.partial(run, plain))(x_wide, x_wide, y_wide)
+        mesh_of_rows = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+        with jax.set_mesh(mesh_of_rows):
+            put = [jax.device_put(a, NamedSharding(mesh_of_rows, P("d"))) for a in (x_wide, x_wide, y_wide)]
+            agree(jax.jit(functools.partial(run, plain))(*put), want)
+
         def full(x, y, where, weights, axis_name=None):
             options = dict(label_smoothing=0.1, z_loss=0.1, temperature=2.0, axis_name=axis_name)
             return loss(x, y, -1, where, ignore_index=-1, class_weight=weights, **options)

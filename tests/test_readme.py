@@ -57,8 +57,16 @@ def test_every_example_runs() -> None:
     assert without_figures[0] == without_figures[1]
 
 
+def test_submodules_are_imported_where_they_are_used() -> None:
+    code = "import jaxact; print(jaxact.verify.rule.__name__, jaxact.classifiers.predict.__name__); jaxact.softmin"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["rule", "predict"]
+    assert "AttributeError: module 'jaxact' has no attribute 'softmin'" in run.stderr
+
+
 def test_import_is_light() -> None:
     code = "import sys, jax; before = set(sys.modules); import jaxact; print(*sorted(set(sys.modules) - before))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     tops = {m.split(".")[0] for m in modules}
+    assert not {"jaxact.verify", "jaxact.classifiers"} & set(modules)
     assert not tops & {"optax", "matplotlib", "rich", "sklearn", "flax", "equinox", "scipy", "pytest", "mpmath"}

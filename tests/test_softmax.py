@@ -477,7 +477,8 @@ def test_bad_arguments_raise_and_are_named(name: str) -> None:
         f(jnp.float32(1))
     with pytest.raises(ValueError, match=r"axis=\(1, -1\) names an axis twice"):
         f(x, axis=(1, -1))
-    for no_axis in (1.5, "1", (0, 0.5)):
+    np.testing.assert_array_equal(f(x, axis=[0, 1]), f(x, axis=(0, 1)))  # as jax.nn has it
+    for no_axis in (1.5, "1", (0, 0.5), [0.5], np.zeros(2)):
         with pytest.raises(TypeError, match="axis must be an int"):
             f(x, axis=no_axis)
     for temperature in (0, 0.0, -1.0, INF, NAN, jnp.float32(-2), jnp.array([1.0]), np.ones(3)):

@@ -183,11 +183,11 @@ def _verify(name: str, dtype: str) -> tuple[list["Report"], Row]:
     start = time.perf_counter()
     rule = SUBJECTS[name].rule(dtype)
     every = SUBJECTS[name].every_value(dtype) if dtype in ("bfloat16", "float16") else None
-    return [rule, *([every] if every else [])], _row(name, dtype, rule, every, time.perf_counter() - start)
+    return [rule, *([every] if every is not None else [])], _row(name, dtype, rule, every, time.perf_counter() - start)
 
 
 def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds: float) -> Row:
-    verdicts = [rule.verdict, *([every.verdict] if every else [])]
+    verdicts = [rule.verdict, *([every.verdict] if every is not None else [])]
     verdict = next(v for v in ("refuted", "inconclusive", "verified") if v in verdicts)
     modes = rule.facts.get("modes", [])
     errors = [float(e) for check in rule.checks for e in re.findall(r"off by ([\d.]+) u", check.detail)]
@@ -197,7 +197,7 @@ def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds:
         verdict,
         "both" if len(modes) == 2 else " ".join(modes) or "–",
         f"{max(errors):.2f}" if errors else "–",
-        f"{every.facts['max ulp']:.3f}" if every else "–",
+        f"{every.facts['max ulp']:.3f}" if every is not None else "–",
         rule.facts.get("power", "–").partition(" mutants")[0].replace(" of ", "/"),
         f"{seconds:.1f}",
         rule.facts.get("oracle", "–"),

@@ -17,10 +17,10 @@ from jaxact._canonical import (
     masked,
     require_array,
     require_arrays,
+    widen,
 )
 from jaxact._elementary import exp, exp_and_rest, exp_of_sum, log, log1p_and_rest, log1p_of_fraction
 from jaxact._error_free import product_and_rest, sum_and_rest
-from jaxact._exponentials import widen
 from jaxact._forward_mode import forward_mode
 from jaxact._sigmoid import sigmoid, softplus
 
@@ -38,7 +38,7 @@ def sigmoid_binary_cross_entropy(
     Args:
         logits: x, a real array of any shape. Integers become the default float.
         labels: y in [0, 1], broadcastable to the shape of `logits`: real, integer or boolean.
-        pos_weight: a factor for the first term, broadcastable to the shape of `logits`.
+        pos_weight: a factor ≥ 0 for the first term, broadcastable to the shape of `logits`. Not checked.
         label_smoothing: ε in [0, 1]; y becomes (1 − ε) y + ε/2.
         where: boolean, broadcastable to the shape of `logits`. False means that this element does not count.
 
@@ -51,7 +51,7 @@ def sigmoid_binary_cross_entropy(
 
     Derivative:
         (1 − y) σ(x) − pos_weight·y·σ(−x); of y, −x, or pos_weight·softplus(−x) − softplus(x). Reverse mode keeps
-        `logits` and `labels`.
+        `logits`, and `labels` in the shape of the logits and in float32 or wider.
 
     Numerics:
         At most 4 ulp for y = 0 and 1, the derivative too: no 1 − σ(x) is formed. Right at ±inf, where 0·inf would be
@@ -147,7 +147,8 @@ def sigmoid_focal_loss(
     Args:
         logits: x, a real array of any shape. Integers become the default float.
         labels: y in [0, 1], broadcastable to the shape of `logits`: real, integer or boolean.
-        alpha: α, the share of the positive examples; broadcastable to the shape of `logits`. None weighs both alike.
+        alpha: α in [0, 1], the share of the positive examples; broadcastable to the shape of `logits`. Not checked.
+            None weighs both alike.
         gamma: γ ≥ 0, a scalar.
         where: boolean, broadcastable to the shape of `logits`. False means that this element does not count.
 
@@ -160,7 +161,7 @@ def sigmoid_focal_loss(
 
     Derivative:
         α_t (1 − p_t)^γ (γ (1 − 2y) σ′(x)/(1 − p_t) · BCE + BCE′): for y = 0 and 1 both terms have one sign. Reverse
-        mode keeps `logits` and `labels`.
+        mode keeps `logits`, and `labels` in the shape of the logits and in float32 or wider.
 
     Numerics:
         For y = 0 and 1 and γ ≤ 5 within 4 ulp of where x(1 ± u) puts the loss, which changes by a factor of up to

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxact.verify._compare import close, compare
+from jaxact.verify._contract import first_line
 from jaxact.verify._diagnosis import apart
 from jaxact.verify._oracle import find_oracle
 from jaxact.verify._problem import Problem
@@ -29,7 +30,12 @@ def edge_points(session: Any, given: dict[float, float]) -> Check:
     """`f` at the sweep, where the function and the oracle are finite, and at `given`."""
     spec, dtype = session.problem.spec, session.problem.in_shapes[0][1]
     x = np.array([*given], np.float64).astype(dtype) if given else sweep(dtype)
-    problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
+    try:
+        problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
+    except Exception as error:  # f may hold an array of the shape of its argument: labels, or a mask
+        if given:
+            raise
+        return Check("edges", "absent", f"f takes no array of shape {x.shape}: {first_line(error)}")
     ones = np.ones((1, len(x)))
     if given:
         exact = np.array([*given.values()], np.float64)
@@ -44,6 +50,8 @@ def edge_points(session: Any, given: dict[float, float]) -> Check:
                 )
         return Check("edges", VERIFIED, f"{len(x)} given inputs")
     finite = np.isfinite(problem.value())
+    if not finite.any():
+        return Check("edges", "absent", "f is finite nowhere in the sweep")
     x = x[finite]
     problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
     ones = np.ones((1, len(x)))

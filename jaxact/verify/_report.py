@@ -7,8 +7,8 @@ from typing import Any
 VERIFIED, REFUTED, INCONCLUSIVE = "verified", "refuted", "inconclusive"
 
 
-class Refuted(AssertionError):
-    """Raised by `Report.raise_if_not_ok`, with the report as its message."""
+class NotVerified(AssertionError):
+    """Raised by `Report.raise_if_not_ok`; its message is the report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Check:
     detail: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """The result of a verification.
+    """The result of a verification; true if the verdict is "verified".
 
     Attributes:
         subject: what was verified.
@@ -45,10 +45,13 @@ class Report:
         """Whether the verdict is "verified"."""
         return self.verdict == VERIFIED
 
+    def __bool__(self) -> bool:
+        return self.ok
+
     def raise_if_not_ok(self) -> None:
-        """Raises an `AssertionError` with the report as its message unless the verdict is "verified"."""
-        if not self.ok:
-            raise Refuted(str(self))
+        """Raises `NotVerified`, an `AssertionError` whose message is the report, unless the verdict is "verified"."""
+        if not self:
+            raise NotVerified(str(self))
 
     def __str__(self) -> str:
         lines = [f"{self.subject}: {self.verdict}", *(f"  {reason}" for reason in self.reasons)]
@@ -58,6 +61,8 @@ class Report:
         if self.witness:
             lines += ["  to see it:", *(f"    {line}" for line in self.witness.splitlines())]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def to_json(self) -> str:
         """The report as JSON text."""

@@ -41,7 +41,7 @@ def rule(
             a batch so large that XLA takes other kernels than for them alone. Others have a nan or ±inf in them; where
             one is lost in the batch, a fact of the report says so, and the verdict remains.
         edges: for an elementwise function, where to check besides: ... for a sweep of all magnitudes and the special
-            values; a dict from input to derivative; or None.
+            values, absent where `f` takes no array of another shape; a dict from input to derivative; or None.
         directions: random directions beside the one-hot ones.
         seed: of the random numbers.
 

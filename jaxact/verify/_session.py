@@ -301,20 +301,10 @@ class Session:
         theirs = self.reference if self.oracle.name.startswith("reference in JAX") else self.problem.f
         exact = diagnosis.derivative_along(self.problem, without_rules(theirs), mode, vector, np.float64)
         transforms = tuple(t for t in self.transforms if t == "jit")
-        report = Session(
-            ours,
-            self.args,
-            exact,
-            None,
-            (),
-            self.order - 1,
-            self.given_bound,
-            transforms,
-            None,
-            self.directions,
-            self.seed,
-            False,
-        ).run()
+        report = dataclasses.replace(
+            self, f=ours, reference=exact, derivative=None, wanted=(), order=self.order - 1, transforms=transforms,
+            edges=None, knows_value=False,
+        ).run()  # fmt: skip
         worst = next((c.detail for c in report.checks if c.verdict == report.verdict), "")
         self.checks.append(Check(name, report.verdict, worst))
         self.reasons += [f"second derivative: {r}" for r in report.reasons]
