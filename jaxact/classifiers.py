@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, Literal
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
 from jaxact._logsumexp import logsumexp
 from jaxact._sigmoid import sigmoid, softplus
 from jaxact._softmax import softmax
+from jaxact._unfused import apart, unfused
 
 
 class Params(NamedTuple):
@@ -285,15 +285,15 @@ def _train(
             return loss(_stack(rows), x, y)
         # A loop runs each row through one compiled body, forward and backward, and the barriers keep what is in it
         # from being simplified together with what is not where the loop has one row and is unrolled.
-        z = lax.map(functools.partial(_logit, x=x), _stack(rows))
-        return _apart(lambda odds: jnp.mean(softplus(odds)), always, log_odds_against(z.T, y))
+        z = lax.map(functools.partial(_row_logits, x=x), _stack(rows))
+        return apart(lambda odds: jnp.mean(softplus(odds)), always, log_odds_against(z.T, y))
 
     @functools.partial(jax.jit, static_argnames="length")
     def run(carry: State, x: Array, y: Array, always: Array, length: int) -> tuple[State, Array]:
         def step(carry: State, _: None) -> tuple[State, Array]:
             rows, state = carry
             value, gradient = jax.value_and_grad(objective)(rows, x, y, always)
-            updates, state = _unfused(optimizer.update)(gradient, state, rows)
+            updates, state = unfused(optimizer.update)(gradient, state, rows)
             return (optax.apply_updates(rows, updates), state), value
 
         return lax.scan(step, carry, None, length)
@@ -308,20 +308,9 @@ def _train(
     return Fit(np.concatenate(losses), float(jnp.mean(predict(trained, x) == y)), trained)
 
 
-def _logit(row: Params, x: Array) -> Array:
+def _row_logits(row: Params, x: Array) -> Array:
     weights, bias = lax.optimization_barrier(row)
     return lax.optimization_barrier(lax.optimization_barrier(x @ weights) + bias)
-
-
-def _apart(f: Callable[..., Any], always: Array, *args: Any) -> Any:
-    """`f(*args)`, compiled apart from its surroundings, so that its roundings do not depend on them.
-
-    In a fusion XLA may contract a product and a sum into one operation with one rounding, or sum in another order,
-    and which it does depends on everything else in the fusion. It does not fuse across the branch of a conditional
-    whose predicate it does not know. (A barrier is not enough here: on CPU it is gone before fusion.)
-    """
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, *args))
-    return lax.cond(always, f, lambda *_: zeros, *args)
 
 
 def _rows(params: Params) -> list[Params]:
@@ -330,37 +319,3 @@ def _rows(params: Params) -> list[Params]:
 
 def _stack(rows: list[Params]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-
-
-def _unfused(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` with a barrier after every operation, so that XLA optimises it alike in the programs of both twins.
-
-    Without, it simplifies the update together with what surrounds it, and contracts a product and a sum here and not
-    there. An optimizer is the user's own code, so the barriers are put in from outside. (`_apart` would not do: with
-    two rows in one branch instead of one, JAX 0.12 rounds AdamW differently.)
-    """
-
-    def unfused(*args: Any) -> Any:
-        closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-        flat = _evaluate_unfused(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shape), flat)
-
-    return unfused
-
-
-def _evaluate_unfused(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], lax.optimization_barrier([*consts, *args]), strict=True))
-
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else values[v]
-
-    for equation in jaxpr.eqns:
-        inputs = [read(v) for v in equation.invars]
-        called = equation.params.get("jaxpr" if equation.primitive.name in ("jit", "pjit") else "call_jaxpr")
-        if isinstance(called, ClosedJaxpr):
-            outputs = _evaluate_unfused(called.jaxpr, called.consts, inputs)
-        else:
-            outputs = equation.primitive.bind(*inputs, **equation.params)
-            outputs = lax.optimization_barrier(outputs if equation.primitive.multiple_results else [outputs])
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]

@@ -1,10 +1,12 @@
 """What commands check before they start: numbers on the command line, packages, the directory for the results."""
 
 import argparse
+import contextlib
 import importlib
 import math
 import tempfile
 from argparse import ArgumentError
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -38,8 +40,15 @@ def require(extras: str, *packages: str) -> None:
 
 def make_directory(path: Path) -> None:
     """Makes the directory, with its parents, unless it exists; a file must be possible in it."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written is a mistake on the command line."""
+    try:
+        yield
     except OSError as error:
-        raise ArgumentError(None, f"cannot write to {path}: {error.strerror}.") from None
+        raise ArgumentError(None, f"cannot write to {error.filename or path}: {error.strerror}.") from None

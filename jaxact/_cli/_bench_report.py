@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxact._cli._arguments import writing
 from jaxact._cli._bench_measure import LARGE, UNCERTAIN, Cell, Ratio
 from jaxact._cli._record import plain, version
 
@@ -259,12 +260,10 @@ def write(outcome: Outcome, sections: list[str], directory: Path) -> list[str]:
 
     names = ["bench.json", "bench.md", "bench.png"]
     text = json.dumps(as_json(outcome), indent=1, ensure_ascii=False, allow_nan=False)
-    try:
+    with writing(directory):
         (directory / names[0]).write_text(text + "\n", encoding="utf-8")
         (directory / names[1]).write_text("\n".join([*_markdown(outcome), *sections]), encoding="utf-8")
         draw(outcome).savefig(directory / names[2])
-    except OSError as error:
-        raise ArgumentError(None, f"cannot write to {error.filename or directory}: {error.strerror}.") from None
     return names
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from jaxact import classifiers
-from jaxact._cli._arguments import make_directory, positive, require, whole
+from jaxact._cli._arguments import make_directory, positive, require, whole, writing
 from jaxact._cli._converge_data import Data, breast_cancer, read_csv
 from jaxact._cli._converge_report import OURS, PEER, Decision, Outcome, as_json, table
 from jaxact.classifiers import Params, Twins
@@ -132,12 +132,10 @@ def _write(outcome: Outcome, directory: Path) -> list[str]:
     from jaxact._cli._converge_figure import draw
 
     figure, names = draw(outcome), ["converge.png", "converge.svg", "converge.json"]
-    try:
+    with writing(directory):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # names in a script that the font does not have
             for name in names[:2]:
                 figure.savefig(directory / name)
         (directory / names[2]).write_text(json.dumps(as_json(outcome), indent=1, allow_nan=False), encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(None, f"cannot write to {error.filename or directory}: {error.strerror}.") from None
     return names

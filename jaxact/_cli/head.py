@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxact._cli._arguments import make_directory, positive, require, whole
+from jaxact._cli._arguments import make_directory, positive, require, whole, writing
 from jaxact._cli._record import plain, version
 
 if TYPE_CHECKING:
@@ -200,12 +200,10 @@ def _write(outcome: "Outcome", directory: Path) -> list[str]:
     from jaxact._cli._head_figure import draw
 
     figure, names = draw(outcome), ["head.png", "head.svg", "head.json"]
-    try:
+    with writing(directory):
         for name in names[:2]:
             figure.savefig(directory / name)
         (directory / names[2]).write_text(json.dumps(_as_json(outcome), indent=1, allow_nan=False), encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(None, f"cannot write to {error.filename or directory}: {error.strerror}.") from None
     return names
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxact._cli._arguments import make_directory, positive, require, whole
+from jaxact._cli._arguments import make_directory, positive, require, whole, writing
 from jaxact._cli._record import plain, version
 
 if TYPE_CHECKING:
@@ -262,12 +262,10 @@ def _write(reports: list["Report"], rows: list[Row], directory: Path) -> list[st
     versions = {"python": platform.python_version()} | {n: version(n) for n in ("jaxact", "jax", "jaxlib", "numpy")}
     numbers = plain({"versions": versions, "reports": [dataclasses.asdict(report) for report in reports]})
     text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
-    try:
+    with writing(directory):
         (directory / names[0]).write_text(text + "\n", encoding="utf-8")
         (directory / names[1]).write_text(_markdown(reports, rows, versions), encoding="utf-8")
         draw().savefig(directory / names[2])
-    except OSError as error:
-        raise ArgumentError(None, f"cannot write to {error.filename or directory}: {error.strerror}.") from None
     return names
 
 
