@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -73,11 +72,12 @@ class Rows(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_total(how: How, operands: Operands, tokens: Tokens, weight: Array) -> Array:
     """The weighted sum of the losses."""
-    return _weighted(sweep(how, operands, tokens)[0].loss, weight)
+    return jnp.sum(weighted(sweep(how, operands, tokens)[0].loss, weight))
 
 
-def _weighted(loss: Array, weight: Array) -> Array:
-    return jnp.sum(jnp.where(weight == 0, 0, weight * loss))
+def weighted(loss: Array, weight: Array) -> Array:
+    """A weight of 0 leaves out whatever is not finite. Of the others, it is the weight that has a derivative there."""
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(loss), 0, loss)
 
 
 def _total_fwd(how: How, *arguments: Any) -> Any:
@@ -85,7 +85,7 @@ def _total_fwd(how: How, *arguments: Any) -> Any:
     # are at hand.
     perturbed, (operands, tokens, weight) = _perturbed(arguments[0]), _values(arguments)
     rows, gradients = sweep(how, operands, tokens, Rows(weight, jnp.zeros_like(weight)), perturbed)
-    return _weighted(rows.loss, weight), (gradients, _samples(operands), rows.loss)
+    return jnp.sum(weighted(rows.loss, weight)), (gradients, _samples(operands), rows.loss)
 
 
 def _total_bwd(how: How, residuals: Any, g: Array) -> Any:
@@ -98,7 +98,7 @@ weighted_total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attached(how: How, operands: Operands, tokens: Tokens, rows: Rows) -> Rows:
-    """What is known of the rows, with its derivatives."""
+    """What is known of the rows, but for the prediction, with its derivatives."""
     return rows
 
 
@@ -126,10 +126,7 @@ def _attached_jvp(how: How, primals: Any, tangents: Any) -> Any:
         (rows_dot,) = jax.linear_transpose(backward, rows)((of_all, x_dot))
         return nothing, rows_dot
 
-    floats = rows._replace(predicted=None)
-    _, rows_dot = _in_chunks(how, step, None, operands, (operands.x, tokens, pushed.x, floats))
-    if how.extras:
-        rows_dot = rows_dot._replace(predicted=np.zeros(rows.loss.shape, jax.dtypes.float0))
+    _, rows_dot = _in_chunks(how, step, None, operands, (operands.x, tokens, pushed.x, rows))
     return known, rows_dot
 
 

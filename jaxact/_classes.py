@@ -46,6 +46,12 @@ def alike(a: Array, b: Array) -> tuple[Array, Array]:
     return jax.sharding.reshard(a, both), jax.sharding.reshard(b, both)
 
 
+def as_divided(a: Array, like: Array) -> Array:
+    """`a` divided over the explicit axes of a mesh as `like` is."""
+    wanted = jax.typeof(like).sharding
+    return a if jax.typeof(a).sharding.spec == wanted.spec else jax.sharding.reshard(a, wanted)
+
+
 def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array, Array]:
     """The place of each label among this shard's classes, outside of them if on another; and which labels exist."""
     first: Any = 0 if axis_name is None else lax.axis_index(axis_name) * classes
@@ -60,6 +66,9 @@ def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | No
     """The weight of each label."""
     if weights is None:
         return None
+    if any(jax.typeof(y).sharding.spec):
+        # Over the explicit axes of a mesh a gather, or its transpose, may be more than JAX can divide.
+        return jnp.sum(jnp.where(y[..., None] == jnp.arange(weights.shape[0]), weights, 0), -1)
     if axis_name is None:
         return jnp.take(weights, y, mode="clip")
     here = (y >= 0) & (y < weights.shape[0])

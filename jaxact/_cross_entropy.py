@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._canonical import compute_dtype
-from jaxact._classes import Classes, varying
+from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
 from jaxact._exponentials import at_most, certain, finite, times_jacobian, unless_all
 from jaxact._forward_mode import forward_mode
@@ -166,12 +166,17 @@ def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
         # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed. But in
         # second derivatives it then also keeps probabilities twice.
         x = lax.optimization_barrier(x)
-    if live is not None and adjust != Adjustment(None, None):
-        x = jnp.where(live[..., None], x, 0)  # 0 times nan, otherwise, in the derivatives of the adjustment
+    if live is not None and not classes.lean:
+        # What does not count may hold anything, and 0 times it would reach second derivatives. (The head has left it
+        # out before.)
+        x = jnp.where(live[..., None], x, 0)
+        sums = LabelSums(*(jnp.where(live[..., None], a, 1) for a in sums))
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
     z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, sums, cotangents[0], classes)
-    if weights is not None and varying(weights_bar) != varying(weights):
-        weights_bar = lax.psum(weights_bar, tuple(varying(weights_bar) - varying(weights)))
+    if weights is not None and weights_bar is not None:
+        if varying(weights_bar) != varying(weights):
+            weights_bar = lax.psum(weights_bar, tuple(varying(weights_bar) - varying(weights)))
+        weights_bar = as_divided(weights_bar, weights)
     x_bar, adjust_bar = pull(z_bar)
     if classes.axis_name is not None and not varying(x):
         adjust_bar = jax.tree.map(lambda a: lax.psum(a, classes.axis_name), adjust_bar)  # check_vma=False
@@ -193,6 +198,8 @@ def logit_cotangent(
 ) -> tuple[Array, Array | None]:
     """The cotangents of the logits and of the weights."""
     # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count.
+    if live is not None:
+        g = Losses(*(jnp.where(live, a, 0) for a in g))
     nll, g_nll, g_lse, g_uniform = (a[..., None] for a in (nll, *g))
     if weights is not None:
         at_each, weight_sum, count = _existing_weights(z, weights, classes)
@@ -203,18 +210,14 @@ def logit_cotangent(
     places = _places(z)
     here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
     z_bar = jnp.where(here, g_lse * jnp.exp(-nll) - g_nll * _complement(nll), (g_nll + g_lse) * p)
-    weights_bar = None
+    exists, weights_bar = z != -jnp.inf, None
     if weights is not None:
         z_bar = z_bar - g_each * at_each
-        weights_bar = jnp.where(z != -jnp.inf, -g_each * _log_probabilities(classes, z, sums), 0)
-        if live is not None:
-            weights_bar = jnp.where(live[..., None], weights_bar, 0)
+        log_p = jnp.where(exists, _log_probabilities(classes, z, sums), 0)
         extra = tuple(range(z.ndim - weights.ndim))
-        weights_bar = jnp.sum(weights_bar, extra).astype(weights.dtype)
+        weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
     # What does not exist has no derivative, whatever its row's loss is.
-    exists = z != -jnp.inf
-    z_bar = jnp.where(exists if live is None else exists & live[..., None], z_bar, 0)
-    return z_bar, weights_bar
+    return jnp.where(exists, z_bar, 0), weights_bar
 
 
 @jax.custom_jvp

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, canonical_int, masked, require_array, require_arrays
-from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted_total
+from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted, weighted_total
 from jaxact._classes import AxisName, at_index, label_index, not_ignored
 from jaxact._options import Options
 
@@ -124,7 +124,11 @@ def linear_cross_entropy(
         raise ValueError(f'w_layout must be "dv" or "vd", got {w_layout!r}.')
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
-    if not jnp.issubdtype(jnp.dtype(accum_dtype), jnp.floating):
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(accum_dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
         raise TypeError(f"accum_dtype must be a float type, got {accum_dtype!r}.")
     if jnp.finfo(accum_dtype).bits < 32:
         raise ValueError(f"accum_dtype must have at least 32 bits, got {jnp.dtype(accum_dtype)}.")
@@ -184,7 +188,7 @@ def _of_any(
             raise ValueError(
                 f"token_weight must broadcast to the shape {shape} of labels, got {jnp.shape(token_weight)}."
             ) from None
-    options = options._replace(class_weight=options.weights(vocabulary, dtype))
+    options = options.in_dtype(dtype)._replace(class_weight=options.weights(vocabulary, dtype))
     return _on_mesh(how, reduction, x, w, (labels, live, weight), bias, options)
 
 
@@ -229,13 +233,14 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
     y, exists = label_index(labels, w.shape[how.class_axis], how.axis_name)
     # As a factor nan reaches the gradient too.
     weight = jnp.where(live, jnp.where(exists, weight, jnp.nan), 0)
-    given = Operands(x.reshape(-1, x.shape[-1]), w, bias, options), Tokens(y, live)
+    given = Operands(x.reshape(labels.size, x.shape[-1]), w, bias, options), Tokens(y, live)
     loss: Array
     rows: Any
     if reduction == "none" or how.extras:
-        rows = attached(how, *given, sweep(how, lax.stop_gradient(given[0]), given[1])[0])
+        rows, _ = sweep(how, lax.stop_gradient(given[0]), given[1])
+        rows = attached(how, *given, rows._replace(predicted=None))._replace(predicted=rows.predicted)
     if reduction == "none":
-        loss = (rows.loss * weight).reshape(shape)
+        loss = weighted(rows.loss, weight).reshape(shape)
     else:
         share = jnp.ones((), dtype)
         if reduction == "mean":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, rounded_once, static_axis, widen
+from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, static_axis, widen
 from jaxact._exponentials import (
     UNSHIFTED,
     Axes,
@@ -53,7 +53,7 @@ def logsumexp(
 
     Derivative:
         ā = ḡ softmax(a); with weights āᵢ = ḡ s bᵢ e^{aᵢ−out} and b̄ᵢ = ḡ s e^{aᵢ−out}, s the sign, also at bᵢ = 0.
-        0 where the sum is empty. Reverse mode keeps `a` and two numbers for each sum; with weights `a`, `b` and two.
+        0 where the sum is empty. Reverse mode keeps `a` and two numbers for each sum; with weights `a`, `b` and three.
 
     Numerics:
         m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0; on CPU, log Σ
@@ -139,47 +139,49 @@ def _logsumexp_bwd(axis: Axes, residuals: Any, cotangents: Any) -> tuple[Array]:
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-@rounded_once
 def _weighted_logsumexp(a: Array, b: Array, axis: Axes) -> tuple[Array, Array]:
     # Terms of weight 0 are left out before the maximum is taken: however large, they must not scale the rest away.
-    a = jnp.where(b == 0, -jnp.inf, a)
-    top = maximum(a, axis)
-    peak = finite(top)
-    shift = spread(peak, axis)
-    at_peak = jnp.minimum(a, shift) == shift
-    others = jnp.sum(jnp.where(at_peak, 0, b * jnp.exp(a - shift)), axis)
+    top = lax.stop_gradient(maximum(jnp.where(b == 0, -jnp.inf, widen(a)), axis))
+    log_total, sign = _log_total(a, b, finite(top), axis)
+    return (top + log_total).astype(a.dtype), sign.astype(a.dtype)
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _log_total(a: Array, b: Array, peak: Array, axis: Axes) -> tuple[Array, Array]:
+    """log|Σ b e^{a − peak}| and the sign of the sum, in float32 or wider. The peak is a constant."""
+    a, b, shift = widen(a), widen(b), spread(peak, axis)
+    at_peak = (b != 0) & (jnp.minimum(a, shift) == shift)
+    others = jnp.sum(jnp.where(at_peak | (b == 0), 0, b * jnp.exp(a - shift)), axis)
     weight_at_peak = jnp.sum(jnp.where(at_peak, b, 0), axis)
     total = others + weight_at_peak
     # As without weights, log1p of what differs from 1 where the sum is near 1.
     excess = others + (weight_at_peak - 1)
     near_one = jnp.abs(excess) < 0.5
     log_total = jnp.where(near_one, jnp.log1p(jnp.where(near_one, excess, 0)), jnp.log(jnp.abs(total)))
-    return top + log_total, jnp.sign(total)
+    return log_total, jnp.sign(total)
 
 
-def _weighted_logsumexp_fwd(a: Array, b: Array, axis: Axes) -> Any:
-    out, sign = _weighted_logsumexp(a, b, axis)
-    return (out, sign), (a, b, out, sign)
+def _log_total_fwd(a: Array, b: Array, peak: Array, axis: Axes) -> Any:
+    log_total, sign = _log_total(a, b, peak, axis)
+    return (log_total, sign), (a, b, peak, log_total, sign)
 
 
-def _weighted_logsumexp_bwd(axis: Axes, residuals: Any, g: Any) -> Any:
-    a, b, out, sign = residuals
-    dtype = a.dtype
+def _log_total_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
+    a, b, *of_rows = residuals
+    dtypes = a.dtype, b.dtype
     a, b = widen(a), widen(b)
-    out, sign, g_out = (spread(widen(a), axis) for a in (out, sign, g[0]))
-    # ∂out/∂b = s e^{a − out}. A sum that is empty has no derivative, and exponents of +inf share the row by weight.
-    # Both are left out of the difference too: infinity less infinity has no second derivative.
-    unknown = jnp.isinf(out)
-    infinite = (a == jnp.inf) & (b != 0)
-    share = spread(1 / jnp.abs(jnp.sum(jnp.where(infinite, b, 0), axis)), axis)
-    known = jnp.exp(jnp.where(unknown, -jnp.inf, a) - jnp.where(unknown, 0, out))
-    ratio = jnp.where(infinite & (out == jnp.inf), share, known)
-    b_bar = g_out * sign * ratio
-    # A term of weight 0 does not count, however large its exponent; but ∂ā/∂b is not 0 there.
-    a_bar = g_out * sign * b * jnp.where((b == 0) & ~jnp.isfinite(ratio), 0, ratio)
-    return a_bar.astype(dtype), b_bar.astype(dtype)
+    shift, log_total, sign, g = (spread(r, axis) for r in (*of_rows, cotangents[0]))
+    # A term of weight 0 does not count, whatever its exponent; those of +inf share the row by weight.
+    a = jnp.where((b == 0) & jnp.isnan(a), -jnp.inf, jnp.where((b != 0) & (a == jnp.inf), shift, a))
+    # Beside infinity the shares are constant.
+    log_total = jnp.where(shift >= float(jnp.finfo(a.dtype).max), lax.stop_gradient(log_total), log_total)
+    # ∂/∂b = s e^{a − peak − log_total}: 0 where the sum is, and where it overflows, which it does beside a weight of 0
+    # alone, a large number and not infinity: 0 times that would reach the derivatives of the whole row.
+    empty, most = jnp.isinf(log_total), math.floor(math.log(float(jnp.finfo(a.dtype).max)))
+    d = jnp.where(empty, -jnp.inf, (a - shift) - jnp.where(empty, 0, log_total))
+    b_bar = g * sign * jnp.exp(jnp.where(d > most, most, d))
+    return (b_bar * b).astype(dtypes[0]), b_bar.astype(dtypes[1]), None
 
 
-_weighted_logsumexp.defvjp(_weighted_logsumexp_fwd, _weighted_logsumexp_bwd)
+_log_total.defvjp(_log_total_fwd, _log_total_bwd)

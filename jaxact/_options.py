@@ -3,8 +3,9 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype, divisor, widen
 
@@ -27,14 +28,31 @@ class Adjustment(NamedTuple):
         z = widen(x)
         if self.cap is None and self.temperature is None:
             return z
-        # A class that does not exist is neither capped nor scaled; not even 0 times its logit reaches a derivative.
-        exists = z != -jnp.inf
-        z = jnp.where(exists, z, 0)
+        # What is infinite is neither capped nor scaled, but +inf capped is the cap: 0 times infinity would reach
+        # derivatives.
+        exists, top = z != -jnp.inf, z == jnp.inf
+        z = jnp.where(exists & ~top, z, 0)
         if self.cap is not None:
-            z = self.cap * jnp.tanh(z / self.cap)
+            z = jnp.where(top, self.cap, self.cap * _tanh(z / self.cap))
         if self.temperature is not None:
             z = z / self.temperature
+        if self.cap is None:
+            z = jnp.where(top, jnp.inf, z)
         return jnp.where(exists, z, -jnp.inf)
+
+
+@jax.custom_jvp
+def _tanh(x: Array) -> Array:
+    return jnp.tanh(x)
+
+
+@_tanh.defjvp
+def _tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Not 1 − tanh², of which nothing is left where tanh rounds to 1. Beyond the limit it is not a normal number.
+    (x,), (x_dot,) = primals, tangents
+    near = jnp.abs(x) < math.log(float(jnp.finfo(x.dtype).max)) / 2
+    e = jnp.exp(jnp.where(near, x, 0))
+    return _tanh(x), x_dot * jnp.where(near, jnp.square(2 / (e + 1 / e)), 0)
 
 
 class Options(NamedTuple):
@@ -61,6 +79,16 @@ class Options(NamedTuple):
             given["class_weight"],
         )
 
+    def in_dtype(self, dtype: Any) -> "Options":
+        """The scalars in the dtype of the losses."""
+        return self._replace(
+            **{
+                name: as_float(name, value).astype(dtype)
+                for name, value in self._asdict().items()
+                if name != "class_weight" and value is not None
+            }
+        )
+
     def adjustment(self, x: Array) -> Adjustment:
         cap = self.logit_softcap
         dtype = compute_dtype(x.dtype)
@@ -83,15 +111,17 @@ class Options(NamedTuple):
 
     def combine(self, losses: "Losses", label_weight: Array | None) -> Array:
         """The loss of each row."""
-        nll, _, uniform = losses
-        factor = None if self.label_smoothing is None else 1 - jnp.asarray(self.label_smoothing, nll.dtype)
-        if label_weight is not None:
-            factor = label_weight if factor is None else factor * label_weight
-        # A factor of 0 leaves out even an infinite loss.
-        loss = nll if factor is None else factor * jnp.where((factor == 0) & jnp.isinf(nll), 0, nll)
+        nll, lse, uniform = losses
+        loss = nll if label_weight is None else times(label_weight, nll)
         if self.label_smoothing is not None:
-            loss = loss + self.label_smoothing * uniform
-        return loss if self.z_loss is None else loss + self.z_loss * square_of(losses.lse)
+            loss = times(1 - self.label_smoothing, loss) + times(self.label_smoothing, uniform)
+        return loss if self.z_loss is None else loss + times(self.z_loss, square_of(lse))
+
+
+def times(factor: Array, loss: Array) -> Array:
+    """The product. A factor of 0 leaves out even an infinite loss, of which none has a derivative in its factor."""
+    infinite = jnp.isinf(loss)
+    return jnp.where(infinite, lax.stop_gradient(factor), factor) * jnp.where(infinite & (factor == 0), 0, loss)
 
 
 def square_of(lse: Array) -> Array:

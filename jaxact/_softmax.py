@@ -95,7 +95,8 @@ def softmax(
 def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis(axis, x.ndim)
-    return _softmax(masked(x, where, -math.inf), divisor(temperature, x), None, axes, False)
+    y = _softmax(masked(x, where, -math.inf), divisor(temperature, x), None, axes, False)
+    return masked(y, where, 0)  # for derivatives: so that not even a cotangent of nan counts at what is masked
 
 
 @forward_mode
@@ -169,7 +170,7 @@ def log_softmax(
         ValueError: if `axis` is out of range or named twice, `where` does not broadcast, `temperature` is not positive.
 
     Derivative:
-        x̄ = (ȳ − p Σ ȳ)/T with p = softmax(x/T), and T̄ = −Σ x̄ log p. The cotangent of a result that is −inf because
+        x̄ = (ȳ − p Σ ȳ)/T with p = softmax(x/T), and T̄ = −Σ x̄ log p. A finite cotangent of a result that is −inf because
         its logit is counts as 0. Reverse mode keeps `x`, and up to three numbers for each row.
 
     Numerics:
@@ -194,7 +195,8 @@ def log_softmax(
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis(axis, x.ndim)
-    return _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes)[0]
+    y, _ = _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes)
+    return masked(y, where, -math.inf)  # as in softmax
 
 
 @forward_mode

@@ -146,6 +146,31 @@ def test_options_that_are_traced() -> None:
     np.testing.assert_allclose(jax.vmap(lambda t: head(X, W, Y, temperature=t))(ts), each, **CLOSE)
 
 
+def test_a_weight_of_0_leaves_out_an_infinite_loss() -> None:
+    bias = np.where(np.arange(V) == Y[0], -INF, 0).astype(np.float32)
+    weight = (Y[0] != Y).astype(np.float32)
+    for reduction in ("sum", "none"):
+        value, *gradients = run(X, bias=bias, token_weight=weight, reduction=reduction)
+        assert np.isfinite(value).all()
+        assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_no_features() -> None:
+    x, w = jnp.zeros((3, 0)), jnp.zeros((0, V))
+    value, gradients = jax.value_and_grad(head, (0, 1))(x, w, Y[:3])
+    np.testing.assert_allclose(value, math.log(V), rtol=4 * U)
+    assert [g.shape for g in gradients] == [(3, 0), (0, V)]
+
+
+def test_options_that_are_arrays_of_other_dtypes(x64: None) -> None:
+    options = {"temperature": jnp.array(2), "logit_softcap": jnp.array(5)}
+    for reduction in ("mean", "none"):
+        f = functools.partial(head, reduction=reduction, **options)
+        value, pull = jax.vjp(lambda x, z, f=f: f(x, W, Y, z_loss=z, label_smoothing=z), X, jnp.array(0.1))
+        assert value.dtype == jnp.float32
+        assert [a.dtype for a in pull(value)] == [jnp.float32, jnp.float64]
+
+
 # What it costs.
 
 

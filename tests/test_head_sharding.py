@@ -118,6 +118,13 @@ def test_meshes_with_explicit_axes(on_eight_devices: Callable[..., str]) -> None
                 # As of the gradients, which are multiplied by numbers of size 1 and added.
                 allowed = 1e-5 * sum(abs(t).sum() for t in terms)
                 assert abs(float(pushforward) - sum(t.sum() for t in terms)) <= allowed
+
+            def extras(x, w, y):
+                loss, aux = head(x, w, y, return_aux=True)
+                return loss + (aux.log_sum_exp * aux.entropy).sum(), aux
+            x, w, _, y, _ = args
+            got, _ = jax.jit(jax.grad(extras, (0, 1), has_aux=True))(x, w, y)
+        agree(got, jax.grad(extras, (0, 1), has_aux=True)(X, W, Y)[0])
         print("agreed")
     """
     assert on_eight_devices(program, COMMON).strip() == "agreed"

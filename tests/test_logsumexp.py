@@ -220,3 +220,11 @@ def test_bad_arguments_raise_and_are_named() -> None:
         jaxact.logsumexp(x, axis=2)
     with pytest.raises(TypeError, match="axis must be an int"):
         f(x, axis=0.5)
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [("bfloat16", 1000), ("float16", 100), ("float32", 1e5)])
+def test_a_large_offset_with_weights_leaves_the_gradient_exact(dtype: str, offset: float) -> None:
+    # It is e^{a − out}, and out is rounded by as much as 4.
+    got = jax.grad(lambda a: jaxact.logsumexp(a, b=jnp.ones(3, dtype)))(jnp.full(3, offset, dtype))
+    # A third, as rounded once; float32 has a few roundings of its own.
+    np.testing.assert_allclose(got, np.full(3, 1 / 3).astype(got.dtype), rtol=4 * 2**-24 * (dtype == "float32"))

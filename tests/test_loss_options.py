@@ -250,3 +250,30 @@ def test_a_list_as_mask_is_refused() -> None:
     for f, labels in ((integer_loss, LABELS), (dense_loss, ROWS), (binary_loss, ROWS)):
         with pytest.raises(TypeError, match=r"^where"):
             f(ROWS, labels, where=no_mask)
+
+
+@pytest.mark.parametrize("ratio", [5.0, 8.0, 20.0, 40.0])
+def test_the_slope_of_a_saturated_softcap(ratio: float) -> None:
+    # 1 − tanh² is 0 from 9 on. The slope of the loss is sech² there, since the other class has all.
+    slope = jax.grad(lambda x: integer_loss(x, 1, logit_softcap=30.0))(jnp.array([30 * ratio, 0.0]))[0]
+    np.testing.assert_allclose(slope, 1 / np.cosh(ratio) ** 2, rtol=64 * U)  # e^x of a rounded x/30: 40 u, squared
+
+
+@pytest.mark.parametrize("loss", [integer_loss, lambda x, y, **options: dense_loss(x, jax.nn.one_hot(y, 3), **options)])
+def test_options_beside_an_infinite_logit(loss: Any) -> None:
+    x = jnp.array([INF, 0.0, 1.0])
+    assert jax.grad(lambda t: loss(x, 0, temperature=t))(2.0) == 0
+    of_cap = jax.value_and_grad(lambda x, c: loss(x, 0, logit_softcap=c), 1)
+    np.testing.assert_allclose(of_cap(x, 3.0), of_cap(x.at[0].set(1e9), 3.0), rtol=8 * U)
+    assert jax.grad(lambda e: loss(x, 1, label_smoothing=e))(0.1) == 0
+    for option in ("z_loss", "label_smoothing"):  # as for a 0 that is not traced
+        assert jax.jit(lambda o, option=option: loss(x, 0, **{option: o}))(0.0) == 0
+
+
+def test_options_of_other_dtypes_leave_that_of_the_loss(x64: None) -> None:
+    x, q = jnp.asarray(X, jnp.float32), jnp.asarray(SOFT, jnp.float32)
+    options = {name: jnp.array(value) for name, value in OPTIONS.items()} | {"temperature": jnp.array(2)}
+    for f in (lambda x, o: integer_loss(x, Y, **o), lambda x, o: dense_loss(x, q, **o)):
+        value, pull = jax.vjp(lambda x, z, f=f: f(x, options | {"z_loss": z}), x, options["z_loss"])
+        assert value.dtype == jnp.float32
+        assert [a.dtype for a in pull(value)] == [jnp.float32, jnp.float64]

@@ -1,4 +1,7 @@
-"""Second derivatives in every pair of arguments, labels and options among them, against autodiff of the textbook's."""
+"""Second derivatives in every pair of arguments, labels and options among them, against autodiff of the textbook's.
+
+And those beside entries, rows and terms that do not count, of which nothing may be left.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -116,3 +119,78 @@ def test_second_derivatives_in_every_pair_of_arguments(name: str, x64: None) -> 
     for got, want in zip(*(jax.tree.leaves(derivatives(f)) for f in (ours, textbook)), strict=True):
         # The textbook's formulas lose some digits of 16; a term that is missing is some hundredths at least.
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-10, atol=1e-11)
+
+
+INF, NAN = float("inf"), float("nan")
+integer_loss = losses.softmax_cross_entropy_with_integer_labels
+
+
+def of_rows_that_count(z: Any, cap: Any, temperature: Any, smoothing: Any, z_loss: Any, weights: Any) -> Any:
+    return jnp.sum(of_labels(adjusted(z[:1], cap, temperature), PLACES[:1], smoothing, z_loss, weights) ** 2)
+
+
+def our_rows_that_count(z: Any, cap: Any, temperature: Any, smoothing: Any, z_loss: Any, weights: Any) -> Any:
+    loss = integer_loss(
+        z, jnp.array([2, -1]), ignore_index=-1, logit_softcap=cap, temperature=temperature, label_smoothing=smoothing,
+        z_loss=z_loss, class_weight=weights,
+    )  # fmt: skip
+    return jnp.sum(loss**2)
+
+
+def of_unmasked(x: Any) -> Any:
+    log_p = x[:2] - logsumexp(x[:2])
+    return -jnp.sum(jnp.exp(log_p) * log_p)
+
+
+def our_masked(x: Any) -> Any:
+    mask = jnp.array([True, True, False])
+    return -jnp.sum(jnp.where(mask, jaxact.softmax(x, where=mask) * jaxact.log_softmax(x, where=mask), 0))
+
+
+def our_weightless(reduction: Any) -> Callable[..., Any]:
+    return lambda x, w, token_weight: jnp.sum(
+        jaxact.linear_cross_entropy(x, w, PLACES, token_weight=token_weight, reduction=reduction) ** 2
+    )
+
+
+BESIDE: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
+BESIDE = {f"ignored rows of {a}": (our_rows_that_count, of_rows_that_count, (
+    [[1.0, 1.0, -2.0], [a, 0.0, a]], 5.0, 1.3, 0.1, 0.3, [1.0, 2.0, 0.5])) for a in (NAN, 1e3)}  # fmt: skip
+BESIDE |= {
+    f"a weight of 0 at {a}": (
+        lambda a: jaxact.logsumexp(a, b=jnp.array([0.0, 1.0, 2.0])),
+        lambda a: logsumexp(a[1:] + jnp.log(jnp.array([1.0, 2.0]))),
+        ([a, 0.0, 1.0],),
+    )
+    for a in (1e3, INF, NAN, -INF)
+}
+BESIDE |= {
+    "a class that does not exist": (
+        lambda z, e, w: integer_loss(z, 0, label_smoothing=e, class_weight=w),
+        lambda z, e, w: of_labels(z[None, :2], jnp.array([0]), e, 0, w[:2])[0],
+        ([1.0, 2.0, -INF], 0.1, [1.0, 2.0, 3.0]),
+    ),
+    "the entropy of what is not masked": (our_masked, of_unmasked, ([1.0, 2.0, 3.0],)),
+    **{
+        f"a token of no weight, {reduction}": (
+            our_weightless(reduction),
+            lambda x, w, weight, total=total: total(weight * of_labels(x @ w, PLACES, 0, 0, jnp.ones(5))),
+            (X, W, [0.0, 2.0]),
+        )
+        for reduction, total in (("sum", lambda a: jnp.sum(a) ** 2), ("none", lambda a: jnp.sum(a**2)))
+    },
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_does_not_count_is_in_no_derivative(name: str, x64: None) -> None:
+    ours, textbook, given = BESIDE[name]
+    arguments = tuple(jnp.asarray(a, float) for a in given)
+    every = tuple(range(len(arguments)))
+    first = [jax.grad(textbook, every)(*arguments)]
+    second = jax.hessian(textbook, every)(*arguments)
+    for mode in (jax.jacfwd, jax.jacrev):
+        derivative = mode(ours, every)
+        got = jax.jit(lambda *a, d=derivative, m=mode: (d(*a), m(d, every)(*a)))(*arguments)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves((first, second)), strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-11)  # as above

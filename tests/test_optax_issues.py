@@ -144,6 +144,16 @@ def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str]) -> 
         with jax.set_mesh(mesh_of_rows):
             put = [jax.device_put(a, NamedSharding(mesh_of_rows, P("d"))) for a in (x_wide, x_wide, y_wide)]
             agree(jax.jit(functools.partial(run, plain))(*put), want)
+            # Weights that are on every device, or divided as the classes.
+            weighted = lambda z, w, y: (loss(z, y, class_weight=w, label_smoothing=0.1) ** 2).sum()
+            of_weights = jax.jit(jax.grad(weighted, (0, 1)))
+            want = jax.jit(jax.grad(weighted, (0, 1)))(x, weights, abs(y))
+            for rows, labels, by_class in ((P("d"), P("d"), P()), (P("d"), P("d"), P("d")), (P(None, "d"), P(), P()),
+                                           (P(None, "d"), P(), P("d"))):
+                put = [jax.device_put(a, NamedSharding(mesh_of_rows, s))
+                       for a, s in ((x, rows), (weights, by_class), (abs(y), labels))]
+                for a, b in zip(of_weights(*put), want):
+                    np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
         def full(x, y, where, weights, axis_name=None):
             options = dict(label_smoothing=0.1, z_loss=0.1, temperature=2.0, axis_name=axis_name)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
@@ -29,7 +30,7 @@ from jaxact._cross_entropy import label_losses
 from jaxact._exponentials import RowSums, below, in_one_kernel, is_largest, row_sums, sums_at_once, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
-from jaxact._options import Adjustment, Options, square_of
+from jaxact._options import Adjustment, Options, square_of, times
 from jaxact._softmax import _log_softmax, without_mean
 
 
@@ -134,8 +135,11 @@ def _of_integers(
     if ignore_index is not None:
         live = not_ignored(labels, ignore_index) if live is None else live & not_ignored(labels, ignore_index)
     dtype = compute_dtype(x.dtype)
+    options = options.in_dtype(dtype)
     y, exists = label_index(labels, x.shape[-1], axis_name)
     weights = options.weights(x.shape[-1], dtype)
+    if weights is not None and any(jax.typeof(weights).sharding.spec):
+        weights = jax.sharding.reshard(weights, P(None))  # the label's may be on any device
     smoothing = options.smoothing_weights(weights, dtype)
     rows, _ = label_losses(Classes(axis_name), x, y, live, smoothing, options.adjustment(x))
     loss = options.combine(rows, at_index(weights, y, axis_name))
@@ -243,7 +247,9 @@ def _of_probabilities(
     q, _ = _rows(labels if live is not None else masked(labels, where, 0), None, axis)
     if live is not None:
         x, q = jnp.where(live[..., None], x, 0), jnp.where(live[..., None], q, 0)
-    adjust, dtype = options.adjustment(x), compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
+    options = options.in_dtype(dtype)
+    adjust = options.adjustment(x)
     # Logits of 16 bits that are not adjusted are kept as they are, unless two cotangents would be rounded apart.
     z = x if adjust == Adjustment(None, None) and options.z_loss is None else adjust(x)
     weights, exists = options.weights(x.shape[-1], dtype), z != -jnp.inf
@@ -254,7 +260,7 @@ def _of_probabilities(
         q = q.astype(dtype) * weights
     loss, _ = _soft_losses(*alike(z, q))
     if options.z_loss is not None:
-        loss = loss + options.z_loss * square_of(logsumexp(z, axis=-1))
+        loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1)))
     return _counted(loss, live)
 
 
