@@ -166,7 +166,7 @@ def test_options_that_are_arrays_of_other_dtypes(x64: None) -> None:
     options = {"temperature": jnp.array(2), "logit_softcap": jnp.array(5)}
     for reduction in ("mean", "none"):
         f = functools.partial(head, reduction=reduction, **options)
-        value, pull = jax.vjp(lambda x, z, f=f: f(x, W, Y, z_loss=z, label_smoothing=z), X, jnp.array(0.1))
+        value, pull = jax.vjp(lambda x, z, f=f: f(x, W, Y, z_loss=z, label_smoothing=z), X, jnp.asarray(np.array(0.1)))
         assert value.dtype == jnp.float32
         assert [a.dtype for a in pull(value)] == [jnp.float32, jnp.float64]
 

@@ -272,7 +272,7 @@ def test_options_beside_an_infinite_logit(loss: Any) -> None:
 
 def test_options_of_other_dtypes_leave_that_of_the_loss(x64: None) -> None:
     x, q = jnp.asarray(X, jnp.float32), jnp.asarray(SOFT, jnp.float32)
-    options = {name: jnp.array(value) for name, value in OPTIONS.items()} | {"temperature": jnp.array(2)}
+    options = {name: jnp.asarray(np.array(value)) for name, value in OPTIONS.items()} | {"temperature": jnp.array(2)}
     for f in (lambda x, o: integer_loss(x, Y, **o), lambda x, o: dense_loss(x, q, **o)):
         value, pull = jax.vjp(lambda x, z, f=f: f(x, options | {"z_loss": z}), x, options["z_loss"])
         assert value.dtype == jnp.float32
