@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import REFUTED, VERIFIED, Check, Report, verdict_of
+from jaxact.verify._report import REFUTED, VERIFIED, Check, Report, name_of, type_text, verdict_of
 
 
 def contract(f: Callable[..., Any], *args: Any) -> Report:
@@ -64,14 +64,14 @@ def check_contract(problem: Problem, leaks: bool) -> Report:
             shapes = [(g.shape, np.dtype(g.dtype)) for g in got]
             if not same_types(shapes, expected):
                 problems += [
-                    f"{name} {i} has {_type(g)}, expected {_type(w)}"
+                    f"{name} {i} has {type_text(*g)}, expected {type_text(*w)}"
                     for i, (g, w) in enumerate(zip(shapes, expected, strict=False))
                     if g != w
                 ]
         verdict = REFUTED if problems else VERIFIED
         checks.append(Check(mode, verdict, "; ".join(problems) or "traces; shapes and dtypes agree"))
         reasons += problems
-    return Report(getattr(f, "__name__", "f"), verdict_of([c.verdict for c in checks]), tuple(checks), tuple(reasons))
+    return Report(name_of(f), verdict_of([c.verdict for c in checks]), tuple(checks), tuple(reasons))
 
 
 _OF = {"reverse": "cotangent of argument", "forward": "tangent of result"}
@@ -90,8 +90,3 @@ def first_line(error: Exception) -> str:
 def same_types(got: Any, due: Any) -> bool:
     """Whether shapes and dtypes are those of the values that they belong to."""
     return list(got) == list(due)
-
-
-def _type(shape_and_dtype: Any) -> str:
-    shape, dtype = shape_and_dtype
-    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]"

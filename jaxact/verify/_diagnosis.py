@@ -8,6 +8,7 @@ import numpy as np
 from jaxact.verify._compare import Verdicts
 from jaxact.verify._oracle import Oracle
 from jaxact.verify._problem import Problem, product_along, unravel
+from jaxact.verify._report import name_of
 
 
 def explain(
@@ -126,5 +127,5 @@ def derivative_along(problem: Problem, f: Any, mode: str, vector: np.ndarray, dt
         floats, others = problem.spec.split(leaves)
         return product_along(problem.spec.of_floats(f, others), mode, floats, parts)
 
-    product.__name__ = f"derivative of {getattr(f, '__name__', 'f')}"
+    product.__name__ = f"derivative of {name_of(f)}"
     return product

@@ -28,6 +28,7 @@ from jaxact.verify._jacobian import (
 )
 from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem, ravel, ravel_one, unravel
+from jaxact.verify._report import name_of
 
 # Up to this many entries the whole Jacobian is checked, beyond it this many of its rows and columns.
 FULL, SAMPLED = 2**21, 64
@@ -88,10 +89,12 @@ def _find_oracle(
     source = autodiff(problem, program, layout)
     moved = [_nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
     if derivative is not None or kind == "mpmath":
-        name = f"exact derivative, {_name(derivative)}" if derivative else f"reference in mpmath, {_name(reference)}"
+        name = (
+            f"exact derivative, {name_of(derivative)}" if derivative else f"reference in mpmath, {name_of(reference)}"
+        )
         source = given(problem, derivative or slope_in_mpmath(reference), layout)
         return _exactly(problem, name, layout, source, moved)
-    name = f"reference in JAX, {_name(reference)}" if kind == "jax" else "what f computes, in float64, by autodiff"
+    name = f"reference in JAX, {name_of(reference)}" if kind == "jax" else "what f computes, in float64, by autodiff"
     try:
         jacobian = source(problem.x)
     except Exception as error:
@@ -128,7 +131,7 @@ def _find_oracle(
                          np.where(zero[None, :], zero_error[None, :], doubted.forward))  # fmt: skip
     near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
     if kind == "numpy":
-        name = f"reference in NumPy, {_name(reference)}, by differences, and what f computes, by autodiff"
+        name = f"reference in NumPy, {name_of(reference)}, by differences, and what f computes, by autodiff"
     return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, doubt))
 
 
@@ -187,10 +190,6 @@ def _pattern(problem: Problem, layout: Layout, jacobian: Jacobian, values: Any) 
 def _zero_rows(jacobian: Jacobian) -> np.ndarray:
     columns = jacobian.forward
     return columns == 0 if columns.ndim == 1 else (columns == 0).all(0)
-
-
-def _name(f: Any) -> str:
-    return getattr(f, "__name__", type(f).__name__)
 
 
 def _nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndarray:

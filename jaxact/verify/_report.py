@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
+
 VERIFIED, REFUTED, INCONCLUSIVE = "verified", "refuted", "inconclusive"
 
 
@@ -80,6 +82,15 @@ class Report:
 
 
 _MARKS = {VERIFIED: "✓", REFUTED: "✗", INCONCLUSIVE: "?", "absent": "–"}
+
+
+def name_of(f: Any) -> str:
+    return getattr(f, "__name__", None) or type(f).__name__
+
+
+def type_text(shape: tuple[int, ...], dtype: Any) -> str:
+    """As JAX writes it: float32[8,7]."""
+    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]"
 
 
 def verdict_of(verdicts: list[str]) -> str:

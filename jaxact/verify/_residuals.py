@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import REFUTED, VERIFIED, Check, Report
+from jaxact.verify._report import REFUTED, VERIFIED, Check, Report, name_of, type_text
 
 
 def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -> Report:
@@ -41,13 +41,12 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
         size = int(v.aval.size) * np.dtype(v.aval.dtype).itemsize
         total += size
         alias = ", an argument" if v in jaxpr.invars else ""
-        shape = ",".join(map(str, v.aval.shape))
-        checks.append(Check("residual", VERIFIED, f"{np.dtype(v.aval.dtype).name}[{shape}], {size} bytes{alias}"))
+        checks.append(Check("residual", VERIFIED, f"{type_text(v.aval.shape, v.aval.dtype)}, {size} bytes{alias}"))
     reasons = []
     if max_bytes is not None and total > max_bytes:
         reasons.append(f"reverse mode keeps {total} bytes, more than {max_bytes}")
     verdict = REFUTED if reasons else VERIFIED
-    return Report(getattr(f, "__name__", "f"), verdict, tuple(checks), tuple(reasons), {"bytes": total})
+    return Report(name_of(f), verdict, tuple(checks), tuple(reasons), {"bytes": total})
 
 
 def _is_literal(v: Any) -> bool:

@@ -16,7 +16,7 @@ from jaxact.verify._edges import edge_points
 from jaxact.verify._oracle import find_oracle, reference_value
 from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report, verdict_of
+from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report, name_of, type_text, verdict_of
 from jaxact.verify._residuals import residuals
 
 MODES = ("reverse", "forward")
@@ -44,7 +44,7 @@ class Session:
 
     def run(self) -> Report:
         self.problem = problem = Problem(self.f, self.args)
-        self.subject = f"{_name(self.f)}({', '.join(map(_describe, jax.tree.leaves(self.args)))})"
+        self.subject = f"{name_of(self.f)}({', '.join(map(_describe, jax.tree.leaves(self.args)))})"
         if problem.n == 0 or problem.m == 0:
             return Report(self.subject, INCONCLUSIVE, reasons=("there is no element to check",))
         self.checks: list[Check] = []
@@ -314,11 +314,7 @@ def _under(variant: str) -> str:
     return "when eager" if variant == "eager" else f"under {variant}"
 
 
-def _name(f: Any) -> str:
-    return getattr(f, "__name__", None) or type(f).__name__
-
-
 def _describe(leaf: Any) -> str:
     if not hasattr(leaf, "dtype"):
         return repr(leaf)
-    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, np.shape(leaf)))}]"
+    return type_text(np.shape(leaf), leaf.dtype)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxact.verify._jacobian import call
-from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report
+from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report, name_of
 
 BLOCK = 2**16  # inputs at a time: their float64 temporaries stay in the cache, and are not given back to the system
 BINS = [0.5, 1, 2, 4, 8, 16]  # of the histogram: errors up to so many ulp
@@ -70,7 +70,7 @@ def values(
         statistics.add(*block)
         if progress:
             _show(done * BLOCK / total, statistics.worst)
-    return statistics.report(getattr(f, "__name__", "f"), bound)
+    return statistics.report(name_of(f), bound)
 
 
 def _in_two_threads(f: Callable[[Any], Any], blocks: Iterator[Any]) -> Iterator[Any]:
