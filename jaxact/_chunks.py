@@ -76,8 +76,12 @@ def weighted_total(how: How, operands: Operands, tokens: Tokens, weight: Array) 
 
 
 def weighted(loss: Array, weight: Array) -> Array:
-    """A weight of 0 leaves out whatever is not finite. Of the others, it is the weight that has a derivative there."""
-    return weight * jnp.where((weight == 0) & ~jnp.isfinite(loss), 0, loss)
+    return weight * _counted(loss, weight)
+
+
+def _counted(loss: Array, weight: Array) -> Array:
+    """The loss, but where the weight is 0 and it is not finite."""
+    return jnp.where((weight == 0) & ~jnp.isfinite(loss), 0, loss)
 
 
 def _total_fwd(how: How, *arguments: Any) -> Any:
@@ -85,7 +89,7 @@ def _total_fwd(how: How, *arguments: Any) -> Any:
     # are at hand.
     perturbed, (operands, tokens, weight) = _perturbed(arguments[0]), _values(arguments)
     rows, gradients = sweep(how, operands, tokens, Rows(weight, jnp.zeros_like(weight)), perturbed)
-    return jnp.sum(weighted(rows.loss, weight)), (gradients, _samples(operands), rows.loss)
+    return jnp.sum(weighted(rows.loss, weight)), (gradients, _samples(operands), _counted(rows.loss, weight))
 
 
 def _total_bwd(how: How, residuals: Any, g: Array) -> Any:

@@ -45,7 +45,9 @@ def elsewhere(z: Array, y: Array) -> Array:
 def _places(z: Array) -> Array:
     # Beyond 2²⁴ not every whole number is a float32. One row: JAX moves out of a loop what is the same in every step,
     # and then keeps it.
-    return jnp.arange(z.shape[-1], dtype=compute_dtype(z.dtype) if z.shape[-1] <= 2**24 else jnp.int32)
+    count = z.shape[-1]
+    few = isinstance(count, int) and count <= 2**24  # it may be symbolic
+    return jnp.arange(count, dtype=compute_dtype(z.dtype) if few else jnp.int32)
 
 
 def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
@@ -72,7 +74,7 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     about 16 times: the sum across the folds needs none, but only what comes of it, and the label's place in each fold.
     """
     count = x.shape[-1]
-    folds = [n for n in range(4, count // 256 + 1) if count % n == 0]
+    folds = [n for n in range(4, count // 256 + 1) if count % n == 0] if isinstance(count, int) else []
     if not folds or not _whole(x, classes):
         return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y)) / 2
     folded = x.reshape(*x.shape[:-1], min(folds, key=lambda n: abs(math.log(n / 16))), -1)

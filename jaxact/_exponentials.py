@@ -156,7 +156,7 @@ def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[...,
     On CPU a pass over the logits is what costs, and is left out where no row needs it. Elsewhere a branch on a value
     that the device has computed may cost more than the pass, and so it does for few numbers.
     """
-    if max(a.size for a in jax.tree.leaves(operands)) <= 2**11:
+    if max(map(size, jax.tree.leaves(operands))) <= 2**11:
         return exact(*operands)
 
     def on_cpu(*operands: Any) -> Any:
@@ -203,7 +203,7 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
 
 def in_one_kernel(x: Array, axis: Axes) -> bool:
     """Whether XLA for CPU makes one kernel of softmax, however often it goes through a row: of at least 4096 rows."""
-    return x.size >= 4096 * class_count(x, axis) > 0
+    return size(x) >= 4096 * class_count(x, axis) > 0
 
 
 def maximum(x: Array, axis: Axes) -> Array:
@@ -234,4 +234,11 @@ def is_largest(peak: Array) -> Array:
 
 
 def class_count(x: Array, axis: Axes) -> int:
-    return math.prod(x.shape[a] for a in axis)
+    """The number of classes; where it is symbolic, as in `jax.export`, more than there will be."""
+    count = math.prod(x.shape[a] for a in axis)
+    return count if isinstance(count, int) else 2**31
+
+
+def size(x: Array) -> int:
+    """The number of entries; 0 where it is symbolic, since what is done for few is right for any."""
+    return x.size if isinstance(x.size, int) else 0

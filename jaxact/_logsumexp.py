@@ -176,12 +176,13 @@ def _log_total_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     a = jnp.where((b == 0) & jnp.isnan(a), -jnp.inf, jnp.where((b != 0) & (a == jnp.inf), shift, a))
     # Beside infinity the shares are constant.
     log_total = jnp.where(shift >= float(jnp.finfo(a.dtype).max), lax.stop_gradient(log_total), log_total)
-    # ∂/∂b = s e^{a − peak − log_total}: 0 where the sum is, and where it overflows, which it does beside a weight of 0
-    # alone, a large number and not infinity: 0 times that would reach the derivatives of the whole row.
+    # ∂/∂b = s e^{a − peak − log_total}, 0 where the sum is. Where it overflows, which it does beside a weight of 0
+    # alone, it is a large number and not infinity, and for ā 0: 0 times infinity would reach derivatives of all.
     empty, most = jnp.isinf(log_total), math.floor(math.log(float(jnp.finfo(a.dtype).max)))
     d = jnp.where(empty, -jnp.inf, (a - shift) - jnp.where(empty, 0, log_total))
     b_bar = g * sign * jnp.exp(jnp.where(d > most, most, d))
-    return (b_bar * b).astype(dtypes[0]), b_bar.astype(dtypes[1]), None
+    a_bar = (g * sign * b) * jnp.exp(jnp.where((b == 0) & (d > most / 2), -jnp.inf, d))
+    return a_bar.astype(dtypes[0]), b_bar.astype(dtypes[1]), None
 
 
 _log_total.defvjp(_log_total_fwd, _log_total_bwd)

@@ -40,6 +40,7 @@ from jaxact._exponentials import (
     over_total,
     row_sums,
     shift_about,
+    size,
     spread,
     times_jacobian,
     total_unshifted,
@@ -123,7 +124,7 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
         shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
         e = exponentials(widen(x), shift, t, axis, jnp.exp if summed else exp)
         return over_total(at_most(spread(total, axis), e), total, axis).astype(x.dtype)
-    if t is not None or summed or x.size < 2**17 or in_one_kernel(x, axis):
+    if t is not None or summed or size(x) < 2**17 or in_one_kernel(x, axis):
         return about_maximum(x, None)  # to find it takes less time than a branch
     total, in_range = total_unshifted(x, axis)
     return unless_all(in_range, about_maximum, about_zero, x, total)

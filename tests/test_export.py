@@ -86,3 +86,15 @@ def test_lowers_for_every_platform_and_runs_here(
         exported.call(x),
         f(x),
     )
+
+
+@pytest.mark.parametrize("shape", ["n, 4", "3, k"])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "weighted_logsumexp", "integer_loss", "dense"])
+def test_symbolic_shapes(name: str, shape: str) -> None:
+    f = FUNCTIONS[name] if name != "dense" else lambda x: losses.softmax_cross_entropy(x, x * x)
+    both = jax.jit(lambda x: (f(x), jax.grad(lambda x: jnp.sum(f(x)))(x)))
+    sizes = jax.export.symbolic_shape(shape)
+    exported = jax.export.export(both)(jax.ShapeDtypeStruct(sizes, jnp.float32))
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    for got, want in zip(exported.call(x), both(x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2**-22, atol=8 * 2.0**-24)  # as above

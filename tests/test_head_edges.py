@@ -153,6 +153,11 @@ def test_a_weight_of_0_leaves_out_an_infinite_loss() -> None:
         value, *gradients = run(X, bias=bias, token_weight=weight, reduction=reduction)
         assert np.isfinite(value).all()
         assert all(np.isfinite(g).all() for g in gradients)
+        f = functools.partial(head, bias=bias, reduction=reduction)
+        (of_weight,) = jax.vjp(lambda t, f=f: f(X, W, Y, token_weight=t).sum(), weight)[1](np.float32(1))
+        pushed = jax.jvp(lambda x, t, f=f: f(x, W, Y, token_weight=t).sum(), (X, weight), (X, 0 * weight))[1]
+        np.testing.assert_allclose(pushed, np.vdot(gradients[0], X), **CLOSE)
+        assert np.isfinite(of_weight).all()
 
 
 def test_no_features() -> None:

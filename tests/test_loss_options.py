@@ -267,7 +267,7 @@ def test_options_beside_an_infinite_logit(loss: Any) -> None:
     np.testing.assert_allclose(of_cap(x, 3.0), of_cap(x.at[0].set(1e9), 3.0), rtol=8 * U)
     assert jax.grad(lambda e: loss(x, 1, label_smoothing=e))(0.1) == 0
     for option in ("z_loss", "label_smoothing"):  # as for a 0 that is not traced
-        assert jax.jit(lambda o, option=option: loss(x, 0, **{option: o}))(0.0) == 0
+        assert jax.jit(lambda x, o, option=option: loss(x, 0, **{option: o}))(x, 0.0) == 0
 
 
 def test_options_of_other_dtypes_leave_that_of_the_loss(x64: None) -> None:

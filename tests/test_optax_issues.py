@@ -148,8 +148,10 @@ def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str]) -> 
             weighted = lambda z, w, y: (loss(z, y, class_weight=w, label_smoothing=0.1) ** 2).sum()
             of_weights = jax.jit(jax.grad(weighted, (0, 1)))
             want = jax.jit(jax.grad(weighted, (0, 1)))(x, weights, abs(y))
-            for rows, labels, by_class in ((P("d"), P("d"), P()), (P("d"), P("d"), P("d")), (P(None, "d"), P(), P()),
-                                           (P(None, "d"), P(), P("d"))):
+            for rows, labels, by_class in (
+                (P("d"), P("d"), P()), (P("d"), P(), P()), (P("d"), P("d"), P("d")), (P(None, "d"), P(), P()),
+                (P(None, "d"), P(), P("d")),
+            ):
                 put = [jax.device_put(a, NamedSharding(mesh_of_rows, s))
                        for a, s in ((x, rows), (weights, by_class), (abs(y), labels))]
                 for a, b in zip(of_weights(*put), want):

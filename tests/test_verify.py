@@ -167,6 +167,11 @@ def test_edges() -> None:
     assert "at the edge x = 0.0" in report.reasons[0]
     # Away from the arguments, where the sweep looks.
     assert "at x = " in rule(jax.nn.sigmoid, x).reasons[0]
+    # Right down to −40, and then 0 where e^x is not yet.
+    false_zero: Any = jax.custom_vjp(lambda x: jnp.logaddexp(x, 0.0))
+    false_zero.defvjp(lambda x: (false_zero(x), x), lambda x, g: (g * jnp.where(x < -40, 0, jaxact.sigmoid(x)),))
+    for dtype in ("float32", "bfloat16"):
+        assert rule(false_zero, x.astype(dtype)).verdict == "refuted"
     # What takes no other array, or is finite at no other number, is checked without.
     here = jnp.array([0.3, 0.3001])
     with_labels: Any = functools.partial(jaxact.losses.sigmoid_binary_cross_entropy, labels=here)
@@ -374,3 +379,17 @@ def test_bad_arguments() -> None:
         verify.rule(jnp.sin, x, edges=3)
     with pytest.raises(ValueError, match="derivative must return"):
         verify.rule(jnp.sum, x, derivative=lambda x: np.ones(2))
+
+
+def test_python_values_are_constants() -> None:
+    x = jnp.linspace(0.5, 2, 4)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def power(x: Any, n: int) -> Any:
+        return x**n
+
+    power.defvjp(lambda x, n: (x**n, x), lambda n, x, g: (n * x ** (n - 1) * g,))
+    report = verify.rule(power, x, 3, edges=None)
+    assert report, str(report)
+    report = verify.rule(lambda x, squared: x * x if squared else x, x, True, edges=None, transforms=("remat",))
+    assert report, str(report)

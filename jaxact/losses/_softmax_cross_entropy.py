@@ -25,7 +25,7 @@ from jaxact._canonical import (
     static_axis,
     widen,
 )
-from jaxact._classes import AxisName, Classes, alike, at_index, label_index, not_ignored
+from jaxact._classes import AxisName, Classes, alike, as_divided, at_index, label_index, not_ignored
 from jaxact._cross_entropy import label_losses
 from jaxact._exponentials import RowSums, below, in_one_kernel, is_largest, row_sums, sums_at_once, unless_all
 from jaxact._forward_mode import forward_mode
@@ -142,7 +142,10 @@ def _of_integers(
         weights = jax.sharding.reshard(weights, P(None))  # the label's may be on any device
     smoothing = options.smoothing_weights(weights, dtype)
     rows, _ = label_losses(Classes(axis_name), x, y, live, smoothing, options.adjustment(x))
-    loss = options.combine(rows, at_index(weights, y, axis_name))
+    label_weight = at_index(weights, y, axis_name)
+    if label_weight is not None:
+        label_weight = as_divided(label_weight, rows.nll)
+    loss = options.combine(rows, label_weight)
     # As a factor nan reaches the gradient too.
     return _counted(loss * jnp.where(exists if live is None else exists | ~live, 1, jnp.nan), live)
 

@@ -14,11 +14,14 @@ from jaxact.verify._report import REFUTED, VERIFIED, Check
 
 
 def sweep(dtype: Any) -> np.ndarray:
-    """±0, every magnitude, neighbours of 1 and of ½, the ends of the range."""
+    """±0, every magnitude, neighbours of 1 and of ½, the ends of the range, and where an exponential nears them."""
     info = ml_dtypes.finfo(dtype)
     near = [c * (1 + k * float(info.eps)) for c in (0.5, 1.0) for k in (-1, 0, 1)]
     powers = 2.0 ** np.linspace(info.minexp, info.maxexp - 1, 32)
-    positive = np.concatenate([np.arange(1, 65) / 2, near, powers, [float(info.smallest_normal), float(info.max)]])
+    tail = np.linspace(32, -1.1 * np.log(float(info.smallest_normal)), 32)  # 8 and below: nothing new, in float16
+    positive = np.concatenate(
+        [np.arange(1, 65) / 2, near, powers, tail, [float(info.smallest_normal), float(info.max)]]
+    )
     with np.errstate(over="ignore"):
         points = np.unique(np.concatenate([[0.0], positive]).astype(dtype))
     wide = points.astype(np.float64)

@@ -216,7 +216,7 @@ def _kind(problem: Problem, reference: Any) -> str:
 
 
 def _batch(f: Any, spec: Any, parts: Any, others: Any) -> Any:
-    flat = spec.of_floats(without_rules(f), others)
+    flat = without_rules(spec.of_floats(f, others))
     return jax.lax.map(lambda floats: flat(*floats), parts)
 
 

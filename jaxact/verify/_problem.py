@@ -192,10 +192,10 @@ def compiled_products(
     f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves
 ) -> Any:
     """The products under jit, one after another, of f or of the checkpointed f."""
+    flat = spec.of_floats(f, others)
     if variant == "remat":
-        f = jax.checkpoint(f)
-
-    return lax.map(lambda vector: product_along(spec.of_floats(f, others), mode, floats, vector), vectors)
+        flat = jax.checkpoint(flat)
+    return lax.map(lambda vector: product_along(flat, mode, floats, vector), vectors)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -205,7 +205,7 @@ def plain_products(
     """The products by autodiff of what `f` computes; with `signs`, each operation rounded otherwise."""
 
     def product(floats: Leaves, vector: Leaves) -> Leaves:
-        return product_along(spec.of_floats(without_rules(f), others), mode, floats, vector)
+        return product_along(without_rules(spec.of_floats(f, others)), mode, floats, vector)
 
     if signs is not None:
         product = perturbed(product, signs)
