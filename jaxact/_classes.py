@@ -66,7 +66,7 @@ def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | No
     """The weight of each label."""
     if weights is None:
         return None
-    if any(jax.typeof(y).sharding.spec):
+    if axis_name is None and any(jax.typeof(y).sharding.spec):
         # Over the explicit axes of a mesh a gather, or its transpose, may be more than JAX can divide.
         return jnp.sum(jnp.where(y[..., None] == jnp.arange(weights.shape[0]), weights, 0), -1)
     if axis_name is None:

@@ -154,6 +154,7 @@ def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str]) -> 
             ):
                 put = [jax.device_put(a, NamedSharding(mesh_of_rows, s))
                        for a, s in ((x, rows), (weights, by_class), (abs(y), labels))]
+                # Sums over rows and classes in another order, of terms no larger than the largest result.
                 for a, b in zip(of_weights(*put), want):
                     np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
