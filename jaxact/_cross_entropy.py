@@ -71,13 +71,14 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     """The sum of eᶻ but at the label.
 
     On CPU a mask adds half to the time of a sum, and more than doubles it in rows of more than 2¹⁵. So a row is folded,
-    about 16 times: the sum across the folds needs none, but only what comes of it, and the label's place in each fold.
+    at least four times: the sum across the folds needs none, but only what comes of it, and the label's place in each.
     """
     count = x.shape[-1]
-    folds = [n for n in range(4, count // 256 + 1) if count % n == 0] if isinstance(count, int) else []
-    if not folds or not _whole(x, classes):
+    folds = (n for n in range(4, count // 256 + 1) if count % n == 0) if isinstance(count, int) else iter(())
+    times = next(folds, None)
+    if times is None or not _whole(x, classes):
         return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y)) / 2
-    folded = x.reshape(*x.shape[:-1], min(folds, key=lambda n: abs(math.log(n / 16))), -1)
+    folded = x.reshape(*x.shape[:-1], times, -1)
     place, fold = y % folded.shape[-1], y // folded.shape[-1]
     own = jnp.take_along_axis(folded, place[..., None, None], -1, mode="clip")[..., 0]
     across = jnp.sum(jnp.exp(adjust(folded)), -2)

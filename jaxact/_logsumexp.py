@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, static_axis, widen
+from jaxact._canonical import Axis, as_float, canonical_axis, masked, static_axis, widen
 from jaxact._exponentials import (
     UNSHIFTED,
     Axes,
@@ -72,9 +72,7 @@ def logsumexp(
     References:
         jax issues 6811 and 22398.
     """
-    if b is not None:
-        require_array("b", b)
-    return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, keepdims, return_sign, where)
+    return _logsumexp_of_any(a, static_axis(axis), b, keepdims, return_sign, where)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))

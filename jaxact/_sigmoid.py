@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from jaxact._canonical import as_float, rounded_once
 from jaxact._elementary import exp, exponent_and_rest, log1p_of_fraction, log1p_of_positive, two_to
@@ -12,7 +11,7 @@ from jaxact._forward_mode import forward_mode
 
 
 @jax.jit
-def sigmoid(x: ArrayLike) -> Float[Array, "..."]:
+def sigmoid(x: ArrayLike) -> Array:
     """Logistic sigmoid, σ(x) = 1/(1 + e⁻ˣ), element by element.
 
     Args:
@@ -90,7 +89,7 @@ _sigmoid_slope.defvjp(_sigmoid_slope_fwd, _sigmoid_slope_bwd)
 
 
 @jax.jit
-def softplus(x: ArrayLike) -> Float[Array, "..."]:
+def softplus(x: ArrayLike) -> Array:
     """Softplus, log(1 + eˣ), element by element.
 
     Args:
@@ -143,7 +142,7 @@ _softplus.defvjp(_softplus_fwd, _softplus_bwd)
 
 
 @jax.jit
-def log_sigmoid(x: ArrayLike) -> Float[Array, "..."]:
+def log_sigmoid(x: ArrayLike) -> Array:
     """Logarithm of the sigmoid, log σ(x) = −softplus(−x), element by element.
 
     Args:
@@ -174,7 +173,7 @@ def log_sigmoid(x: ArrayLike) -> Float[Array, "..."]:
 
 
 @jax.jit
-def logit(p: ArrayLike) -> Float[Array, "..."]:
+def logit(p: ArrayLike) -> Array:
     """Inverse of the sigmoid, logit(p) = log(p/(1 − p)), element by element.
 
     Args:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from jaxact._canonical import (
     Axis,
@@ -18,7 +17,6 @@ from jaxact._canonical import (
     canonical_temperature,
     divisor,
     masked,
-    require_array,
     static_axis,
     widen,
 )
@@ -49,9 +47,7 @@ from jaxact._exponentials import (
 from jaxact._forward_mode import forward_mode
 
 
-def softmax(
-    x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0
-) -> Float[Array, "..."]:
+def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
     """Softmax, e^{xᵢ/T} / Σⱼ e^{xⱼ/T}, over one axis or several.
 
     Args:
@@ -89,7 +85,7 @@ def softmax(
     References:
         jax issues 40386, 40344, 37234, 17117 and 13529.
     """
-    return _softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
+    return _softmax_of_any(x, static_axis(axis), where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -152,7 +148,7 @@ _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 def log_softmax(
     x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0
-) -> Float[Array, "..."]:
+) -> Array:
     """Logarithm of the softmax, xᵢ/T − log Σⱼ e^{xⱼ/T}, over one axis or several.
 
     Args:
@@ -189,7 +185,7 @@ def log_softmax(
     References:
         jax issues 40384, 40409, 19490 and 23842.
     """
-    return _log_softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
+    return _log_softmax_of_any(x, static_axis(axis), where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)

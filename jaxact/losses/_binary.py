@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from jaxact._canonical import (
     as_float,
@@ -32,7 +31,7 @@ def sigmoid_binary_cross_entropy(
     pos_weight: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
-) -> Float[Array, "..."]:
+) -> Array:
     """−y log σ(x) − (1 − y) log σ(−x), element by element.
 
     Args:
@@ -139,7 +138,7 @@ def sigmoid_focal_loss(
     gamma: ArrayLike = 2.0,
     *,
     where: ArrayLike | None = None,
-) -> Float[Array, "..."]:
+) -> Array:
     """α_t (1 − p_t)^γ times the binary cross-entropy, element by element.
 
     With p = σ(x), 1 − p_t = (1 − y) p + y (1 − p) and α_t = α y + (1 − α)(1 − y), or 1 without α.

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from jaxact._canonical import (
     Axis,
@@ -47,7 +46,7 @@ def softmax_cross_entropy_with_integer_labels(
     logit_softcap: ArrayLike | None = None,
     class_weight: ArrayLike | None = None,
     axis_name: AxisName = None,
-) -> Float[Array, "..."]:
+) -> Array:
     """−log softmax(logits)[label], one loss per example.
 
     With z = softcap(logits)/temperature, p = softmax(z), smoothing ε, class weights w and K classes that exist:
@@ -180,7 +179,7 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     logit_softcap: ArrayLike | None = None,
     class_weight: ArrayLike | None = None,
-) -> Float[Array, "..."]:
+) -> Array:
     """−Σ_c labels_c log softmax(logits)_c, one loss per example, for one-hot or soft labels.
 
     With z = softcap(logits)/temperature, p = softmax(z), smoothing ε, class weights w and K classes that exist:
