@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxact._canonical import Axis, as_float, canonical_axis, masked, static_axis, widen
+from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, static_axis, widen
 from jaxact._exponentials import (
     UNSHIFTED,
     Axes,
@@ -72,7 +72,9 @@ def logsumexp(
     References:
         jax issues 6811 and 22398.
     """
-    return _logsumexp_of_any(a, static_axis(axis), b, keepdims, return_sign, where)
+    if b is not None:
+        require_array("b", b)
+    return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, keepdims, return_sign, where)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))
@@ -148,16 +150,34 @@ def _weighted_logsumexp(a: Array, b: Array, axis: Axes) -> tuple[Array, Array]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _log_total(a: Array, b: Array, peak: Array, axis: Axes) -> tuple[Array, Array]:
     """log|Σ b e^{a − peak}| and the sign of the sum, in float32 or wider. The peak is a constant."""
-    a, b, shift = widen(a), widen(b), spread(peak, axis)
+    b, shift = widen(b), spread(peak, axis)
+    a = _counting(widen(a), b, shift)
     at_peak = (b != 0) & (jnp.minimum(a, shift) == shift)
-    others = jnp.sum(jnp.where(at_peak | (b == 0), 0, b * jnp.exp(a - shift)), axis)
-    weight_at_peak = jnp.sum(jnp.where(at_peak, b, 0), axis)
+    # Of every term, also where it is known to be 0 or b: who leaves out the rule finds the derivative in this.
+    terms = b * _bounded_exp(a - shift)
+    others = jnp.sum(jnp.where(at_peak, 0, terms), axis)
+    weight_at_peak = jnp.sum(jnp.where(at_peak, terms, 0), axis)
     total = others + weight_at_peak
     # As without weights, log1p of what differs from 1 where the sum is near 1.
     excess = others + (weight_at_peak - 1)
     near_one = jnp.abs(excess) < 0.5
     log_total = jnp.where(near_one, jnp.log1p(jnp.where(near_one, excess, 0)), jnp.log(jnp.abs(total)))
     return log_total, jnp.sign(total)
+
+
+def _counting(a: Array, b: Array, shift: Array) -> Array:
+    """The exponents. One of weight 0 does not count, though it be nan; those of +inf share the row by weight."""
+    return jnp.where((b == 0) & jnp.isnan(a), -jnp.inf, jnp.where((b != 0) & (a == jnp.inf), shift, a))
+
+
+def _bounded_exp(d: Array) -> Array:
+    """e^d, of which 0 times is 0: where it overflows, a large number and not infinity."""
+    most = _most(d)
+    return jnp.exp(jnp.where(d > most, most, d))
+
+
+def _most(d: Array) -> int:
+    return math.floor(math.log(float(jnp.finfo(d.dtype).max)))
 
 
 def _log_total_fwd(a: Array, b: Array, peak: Array, axis: Axes) -> Any:
@@ -170,16 +190,14 @@ def _log_total_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     dtypes = a.dtype, b.dtype
     a, b = widen(a), widen(b)
     shift, log_total, sign, g = (spread(r, axis) for r in (*of_rows, cotangents[0]))
-    # A term of weight 0 does not count, whatever its exponent; those of +inf share the row by weight.
-    a = jnp.where((b == 0) & jnp.isnan(a), -jnp.inf, jnp.where((b != 0) & (a == jnp.inf), shift, a))
+    a = _counting(a, b, shift)
     # Beside infinity the shares are constant.
     log_total = jnp.where(shift >= float(jnp.finfo(a.dtype).max), lax.stop_gradient(log_total), log_total)
-    # ∂/∂b = s e^{a − peak − log_total}, 0 where the sum is. Where it overflows, which it does beside a weight of 0
-    # alone, it is a large number and not infinity, and for ā 0: 0 times infinity would reach derivatives of all.
-    empty, most = jnp.isinf(log_total), math.floor(math.log(float(jnp.finfo(a.dtype).max)))
+    # ∂/∂b = s e^{a − peak − log_total}, 0 where the sum is. It overflows at a weight of 0 alone, where ā is 0.
+    empty = jnp.isinf(log_total)
     d = jnp.where(empty, -jnp.inf, (a - shift) - jnp.where(empty, 0, log_total))
-    b_bar = g * sign * jnp.exp(jnp.where(d > most, most, d))
-    a_bar = (g * sign * b) * jnp.exp(jnp.where((b == 0) & (d > most / 2), -jnp.inf, d))
+    b_bar = g * sign * _bounded_exp(d)
+    a_bar = (g * sign * b) * jnp.exp(jnp.where((b == 0) & (d > _most(d) / 2), -jnp.inf, d))
     return a_bar.astype(dtypes[0]), b_bar.astype(dtypes[1]), None
 
 

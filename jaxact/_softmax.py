@@ -17,6 +17,7 @@ from jaxact._canonical import (
     canonical_temperature,
     divisor,
     masked,
+    require_array,
     static_axis,
     widen,
 )
@@ -85,7 +86,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
     References:
         jax issues 40386, 40344, 37234, 17117 and 13529.
     """
-    return _softmax_of_any(x, static_axis(axis), where, canonical_temperature(temperature))
+    return _softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -185,7 +186,7 @@ def log_softmax(
     References:
         jax issues 40384, 40409, 19490 and 23842.
     """
-    return _log_softmax_of_any(x, static_axis(axis), where, canonical_temperature(temperature))
+    return _log_softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 
 @functools.partial(jax.jit, static_argnums=1)

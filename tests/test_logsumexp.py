@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxact
+from jaxact import verify
 
 INF, NAN = float("inf"), float("nan")
 
@@ -228,3 +229,11 @@ def test_a_large_offset_with_weights_leaves_the_gradient_exact(dtype: str, offse
     got = jax.grad(lambda a: jaxact.logsumexp(a, b=jnp.ones(3, dtype)))(jnp.full(3, offset, dtype))
     # A third, as rounded once; float32 has a few roundings of its own.
     np.testing.assert_allclose(got, np.full(3, 1 / 3).astype(got.dtype), rtol=4 * 2**-24 * (dtype == "float32"))
+
+
+def test_the_weighted_rule_is_the_derivative_of_what_it_computes() -> None:
+    # Without a reference: who checks a loss of their own that has weights in it gives none. One weight is 0.
+    a = jnp.array([[30, 0, -5, 1, 2], [0.5, -1.25, 2, 0.75, -3], [-4, 6, 1, 5.5, 3]], jnp.float32)
+    b = jnp.array([[1, 2, 0.5, 1, 1], [0.5, -0.25, 2, 1, 3], [1, 1, 0, 3, 0.5]], jnp.float32)
+    report = verify.rule(lambda a, b: jaxact.logsumexp(a, -1, b), a, b, transforms=("jit",))
+    assert report, str(report)

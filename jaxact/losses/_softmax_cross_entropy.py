@@ -2,12 +2,10 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -22,15 +20,12 @@ from jaxact._canonical import (
     require_array,
     require_arrays,
     static_axis,
-    widen,
 )
 from jaxact._classes import AxisName, Classes, alike, as_divided, at_index, label_index, not_ignored
 from jaxact._cross_entropy import label_losses
-from jaxact._exponentials import RowSums, below, in_one_kernel, is_largest, row_sums, sums_at_once, unless_all
-from jaxact._forward_mode import forward_mode
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of, times
-from jaxact._softmax import _log_softmax, without_mean
+from jaxact._soft_cross_entropy import soft_losses
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -260,79 +255,7 @@ def _of_probabilities(
         q = (1 - options.label_smoothing) * q.astype(dtype) + jnp.where(exists, options.label_smoothing / count, 0)
     if weights is not None:
         q = q.astype(dtype) * weights
-    loss, _ = _soft_losses(*alike(z, q))
+    loss, _ = soft_losses(*alike(z, q))
     if options.z_loss is not None:
         loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1)))
     return _counted(loss, live)
-
-
-@forward_mode
-@jax.custom_vjp
-def _soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
-    """−Σ q log p of each row, and the sums it is made of, as constants."""
-    axis = (x.ndim - 1,)
-    sums = row_sums(x, None, axis)
-    largest, tiny = (float(a) for a in (jnp.finfo(sums.peak.dtype).max, jnp.finfo(sums.peak.dtype).tiny))
-
-    # With m the maximum, log p = (x − m) − log(1 + others), of two terms that are negative or 0.
-    def quick(x: Array, q: Array, sums: RowSums) -> Array:
-        log_p = below(sums.peak, widen(x), axis) - jnp.log1p(sums.others)[..., None]
-        # Infinite beside +inf and the largest number. (Not a comparison, for one kernel.)
-        return -jnp.sum(q.astype(log_p.dtype) * log_p, -1) - jnp.log1p(-is_largest(sums.peak))
-
-    def exact(x: Array, q: Array, loss: Array) -> Array:
-        # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
-        # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA; it is 0 where no
-        # class is left.
-        sums = sums_at_once(x, None, axis)
-        nll = jnp.log1p(sums.others)[..., None] - _below(x, sums.peak)
-        limit = largest * jnp.minimum(sums.total, 1)
-        factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -limit[..., None])
-        loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
-        return loss + 0 * sums.total  # the limits may have lost a nan
-
-    # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
-    loss = quick(*((x, q, sums) if in_one_kernel(x, axis) else lax.optimization_barrier((x, q, sums))))
-    return unless_all(jnp.isfinite(loss), exact, lambda x, q, loss: loss, x, q, loss), sums
-
-
-def _below(x: Array, peak: Array) -> Array:
-    """Of logits, x − m: −inf at −inf, and beside +inf or the largest number."""
-    largest = float(jnp.finfo(peak.dtype).max)
-    # The difference is 0 or at least an ulp of the largest number, so the product is 0 or infinite.
-    return below(peak, widen(x), (x.ndim - 1,)) * jnp.maximum(is_largest(peak) * largest, 1)[..., None]
-
-
-def _soft_losses_fwd(x: Array, q: Array) -> Any:
-    loss, sums = _soft_losses(x, q)
-    return (loss, sums), (x, q, loss if in_one_kernel(x, (x.ndim - 1,)) else sums)
-
-
-def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
-    x, q, kept = residuals
-    g, axis = cotangents[0][..., None], (x.ndim - 1,)
-
-    def of_likely(x: Array, peak: Array, g: Array, q: Array) -> Array:
-        return -g * q.astype(g.dtype)
-
-    def of_possible(x: Array, peak: Array, g: Array, q: Array) -> Array:
-        # The log p of an impossible class is constant. The factor is 0 where that is −inf and 1 elsewhere.
-        largest = float(jnp.finfo(peak.dtype).max)
-        possible = jnp.minimum(largest + jnp.maximum(_below(x, peak), -largest), 1)
-        return of_likely(x, peak, g, q) * possible
-
-    def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
-        return jax.checkpoint(lambda x, g, q: without_mean(cotangent, x, None, None, axis, g, q), prevent_cse=False)
-
-    if in_one_kernel(x, axis):
-        # Where all losses are finite, what is impossible has no label.
-        finite = jnp.isfinite(lax.stop_gradient(kept))
-        x_bar = unless_all(finite, in_one(of_possible), in_one(of_likely), x, g, q)
-    else:
-        x_bar = without_mean(of_possible, x, None, kept, axis, g, q)
-    log_p = _log_softmax(widen(x), None, axis)[0]
-    q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
-    return x_bar.astype(x.dtype), q_bar.astype(q.dtype)
-
-
-_soft_losses.defvjp(_soft_losses_fwd, _soft_losses_bwd)
