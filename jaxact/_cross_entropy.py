@@ -72,13 +72,14 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
 
     On CPU a mask adds half to the time of a sum, and more than doubles it in rows of more than 2¹⁵. So a row is folded,
     at least four times: the sum across the folds needs none, but only what comes of it, and the label's place in each.
+    Logits of 16 bits only in such rows: XLA of JAX 0.10 takes twice as long to sum them across folds.
     """
     count = x.shape[-1]
-    folds = (n for n in range(4, count // 256 + 1) if count % n == 0) if isinstance(count, int) else iter(())
-    times = next(folds, None)
-    if times is None or not _whole(x, classes):
+    worth = isinstance(count, int) and (x.dtype == compute_dtype(x.dtype) or count > 2**15) and _whole(x, classes)
+    folds = next((n for n in range(4, count // 256 + 1) if count % n == 0), None) if worth else None
+    if folds is None:
         return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y)) / 2
-    folded = x.reshape(*x.shape[:-1], times, -1)
+    folded = x.reshape(*x.shape[:-1], folds, -1)
     place, fold = y % folded.shape[-1], y // folded.shape[-1]
     own = jnp.take_along_axis(folded, place[..., None, None], -1, mode="clip")[..., 0]
     across = jnp.sum(jnp.exp(adjust(folded)), -2)
