@@ -66,13 +66,14 @@ def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | No
     """The weight of each label."""
     if weights is None:
         return None
-    if axis_name is None and any(jax.typeof(y).sharding.spec):
+    if any(jax.typeof(y).sharding.spec):
         # Over the explicit axes of a mesh a gather, or its transpose, may be more than JAX can divide.
-        return jnp.sum(jnp.where(y[..., None] == jnp.arange(weights.shape[0]), weights, 0), -1)
+        local = jnp.sum(jnp.where(y[..., None] == jnp.arange(weights.shape[0]), weights, 0), -1)
+    else:
+        local = jnp.take(weights, y, mode="clip")
     if axis_name is None:
-        return jnp.take(weights, y, mode="clip")
-    here = (y >= 0) & (y < weights.shape[0])
-    local = jnp.where(here, jnp.take(weights, y, mode="clip"), 0)
+        return local
+    local = jnp.where((y >= 0) & (y < weights.shape[0]), local, 0)
     total = lax.psum(local, axis_name)
     # With check_vma=False the cotangent, the same on all devices, would be summed over them.
     return total if varying(local) else local + lax.stop_gradient(total - local)

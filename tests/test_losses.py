@@ -130,7 +130,8 @@ def test_long_rows(classes: int, dtype: str, scale: float) -> None:
     each = np.asarray(integer_loss(logits, jnp.asarray(y)), np.float64)
     np.testing.assert_allclose(float(got), each.sum(), rtol=8 * U)  # a sum of nine
     # The exponentials' 2 ulp, half an ulp a level of a sum of 4096 positive numbers in a tree, 3 for the division by
-    # the label's exponential and 1 of the logarithm.
+    # the label's exponential and 1 of the logarithm. Longer rows have up to three levels more: of so many roundings not
+    # all go one way.
     assert (abs(each - value) <= U * off + 12 * spacing(value, "float32")).all()
     # The total's 12 ulp are up to 24 u, and 8 u more: the exponential's 2, the loss's 4, the quotient's and factor's 1.
     # In bfloat16, of 8 bits, it is then rounded.

@@ -168,6 +168,20 @@ def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str]) -> 
         )
         agree(jax.jit(functools.partial(run, byhand))(x, v, y, where, weights),
               jax.jit(functools.partial(run, full))(x, v, y, where, weights))
+
+        # Classes split by hand, and rows over an axis that is explicit beside it.
+        both = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Explicit,) * 2)
+        with jax.set_mesh(both):
+            by_class = jax.shard_map(
+                lambda x, y, w: loss(x, y, class_weight=w, axis_name="classes"),
+                in_specs=(P(None, "classes"), P(), P("classes")), out_specs=P(), axis_names={"classes"},
+            )
+            put = [jax.device_put(a, NamedSharding(both, s))
+                   for a, s in ((x, P("rows", "classes")), (abs(y), P("rows")), (weights, P("classes")))]
+            got = jax.jit(jax.grad(lambda x, y, w: (by_class(x, y, w) ** 2).sum(), (0, 2)))(*put)
+        want = jax.jit(jax.grad(lambda x, y, w: (loss(x, y, class_weight=w) ** 2).sum(), (0, 2)))(x, abs(y), weights)
+        for a, b in zip(got, want):
+            np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5, atol=1e-5 * np.abs(b).max())  # as above
         print("agreed")
     """
     assert on_eight_devices(program).strip() == "agreed"
