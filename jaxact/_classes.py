@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._exponentials import maximum
+from jaxact._reductions import maximum, sum_over
 
 AxisName = Any  # of a mesh axis, or several
 
@@ -18,7 +18,7 @@ class Classes(NamedTuple):
     lean: bool = False  # whether memory counts for more than the time of a pass
 
     def sum(self, a: Array) -> Array:
-        here = jnp.sum(a, -1, keepdims=True)
+        here = sum_over(a, (a.ndim - 1,))[..., None]
         return here if self.axis_name is None else lax.psum(here, self.axis_name)
 
     def max(self, a: Array) -> Array:

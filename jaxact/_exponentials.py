@@ -15,8 +15,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._canonical import widen
-
-Axes = tuple[int, ...]
+from jaxact._reductions import (
+    Axes,
+    at_once,
+    class_by_class,
+    class_count,
+    maximum,
+    size,
+    spread,
+    sum_but_largest,
+    sum_over,
+)
 
 
 class Shift(NamedTuple):
@@ -55,9 +64,13 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     """
     if t is not None:
         return Shift(peak, peak, jnp.ones_like(peak))
-    # Room for rounding s up, and for the reciprocal of the sum to be a normal number.
-    room = math.floor(math.log(float(jnp.finfo(peak.dtype).max))) - 2
+    # The reciprocal of the sum is to be a normal number, in which of a few exponentials each may be as large as the
+    # largest.
+    info, few = jnp.finfo(peak.dtype), count <= 2**4
+    room = math.floor(-math.log(float(info.tiny)) - math.log(max(count, 1)) if few else math.log(float(info.max)) - 2)
     by = jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
+    if few:
+        return Shift(peak, by, jnp.ones_like(peak))
     # A larger maximum makes the sum of all larger still: divided by their number, the exponentials do not overflow,
     # and none is flushed that is a normal part of it. (Arithmetic on the maximum, and not a comparison: so XLA for
     # CPU makes one kernel of softmax.)
@@ -73,21 +86,16 @@ def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Calla
     return exp(d) * factor if t is None else exp(d / t)
 
 
-def spread(a: Array, axis: Axes) -> Array:
-    """What there is one of for each row, for all entries of the row."""
-    return jnp.expand_dims(a, axis)
-
-
 def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Array]:
     """The sums, and the exponentials themselves."""
     peak = finite(widen(maximum(x, axis)))
     e = exponentials(widen(x), shift_about(peak, t, class_count(x, axis)), t, axis)
-    return Sums(peak, jnp.sum(e, axis)), e
+    return Sums(peak, sum_over(e, axis)), e
 
 
 def total_unshifted(x: Array, axis: Axes) -> tuple[Array, Array]:
     """The sum without a shift, for which no maximum need be found; and whether nothing overflows or is flushed."""
-    total = jnp.sum(jnp.exp(widen(x)), axis)
+    total = sum_over(jnp.exp(widen(x)), axis)
     return total, (total >= 1) & (total < math.exp(UNSHIFTED))
 
 
@@ -98,7 +106,7 @@ def over_total(e: Array, total: Array, axis: Axes) -> Array:
 
 
 def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
-    if in_one_kernel(x, axis):
+    if at_once(x, axis):
         return sums_at_once(x, t, axis)
     sums, _ = maximum_and_total(x, t, axis)
     shift = shift_about(sums.peak, t, class_count(x, axis))
@@ -107,10 +115,10 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
 
     # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
     def exact(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
-        # Below 1 this difference may have cancelled. But then no second class attains the maximum.
+        # This difference may have cancelled. But then no second class attains the maximum.
         weight = elsewhere(widen(x), shift.top, axis)
         alone = jnp.sum(exponentials(widen(x), shift, t, axis) * weight, axis) / 2 / at_peak
-        return jnp.where(all_but_one >= 1, all_but_one, alone)
+        return jnp.where(undominated(all_but_one), all_but_one, alone)
 
     def quick(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
         return all_but_one
@@ -120,11 +128,16 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
 
 def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
     """The sums, without a branch: in one kernel, where XLA for CPU makes one of what comes before and after."""
-    peak, wide = finite(widen(maximum(x, axis))), widen(x)
-    shift, weight = shift_about(peak, t, class_count(x, axis)), elsewhere(wide, peak, axis)
+    top, wide = widen(maximum(x, axis)), widen(x)
+    peak = finite(top)
+    shift = shift_about(peak, t, class_count(x, axis))
+    at_peak = exponentials(peak, shift, t, ())
+    if class_by_class(x, axis):
+        others = sum_but_largest(lambda a: exponentials(a, shift, t, ()), wide, axis)
+        return RowSums(peak, others + exponentials(top, shift, t, ()), others / at_peak)
+    weight = elsewhere(wide, peak, axis)
     others = jnp.sum(exponentials(wide, shift, t, axis) * weight, axis) / 2
     ties = jnp.sum(2 - weight, axis) / 2  # exact, however many others there are
-    at_peak = exponentials(peak, shift, t, ())
     return RowSums(peak, others + ties * at_peak, others / at_peak + jnp.maximum(ties - 1, 0))
 
 
@@ -147,7 +160,15 @@ def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., 
     Such a row needs a second pass over its logits for what the first has cancelled. For one that is not dominated the
     two agree up to rounding.
     """
-    return unless_all(lax.stop_gradient(others) >= 1, exact, quick, *operands)
+    return unless_all(undominated(others), exact, quick, *operands)
+
+
+def undominated(others: Array) -> Array:
+    """Whether no class has much more than half of the sum. Where several attain the maximum none has.
+
+    The sum of the others, about the maximum, is then at least 1; but rounding may have left a little less.
+    """
+    return lax.stop_gradient(others) >= 0.75
 
 
 def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
@@ -201,15 +222,6 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
     return -(z - y * row_sum(z))
 
 
-def in_one_kernel(x: Array, axis: Axes) -> bool:
-    """Whether XLA for CPU makes one kernel of softmax, however often it goes through a row: of at least 4096 rows."""
-    return size(x) >= 4096 * class_count(x, axis) > 0
-
-
-def maximum(x: Array, axis: Axes) -> Array:
-    return jnp.max(x, axis, initial=-jnp.inf)
-
-
 def at_most(limit: Array, x: Array) -> Array:
     """The minimum, and nan where x is nan.
 
@@ -231,14 +243,3 @@ def is_largest(peak: Array) -> Array:
     last = 2 * float(info.eps)  # from the largest number to the one before it, multiplied by `tiny`
     # The minimum changes nothing. In JAX 0.10 it keeps XLA from multiplying 1/last by another factor, and overflowing.
     return jnp.minimum(jnp.maximum(peak * float(info.tiny) - (4 - 2 * last), 0) / last, 1)
-
-
-def class_count(x: Array, axis: Axes) -> int:
-    """The number of classes; where it is symbolic, as in `jax.export`, more than there will be."""
-    count = math.prod(x.shape[a] for a in axis)
-    return count if isinstance(count, int) else 2**31
-
-
-def size(x: Array) -> int:
-    """The number of entries; 0 where it is symbolic, since what is done for few is right for any."""
-    return x.size if isinstance(x.size, int) else 0

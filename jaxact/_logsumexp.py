@@ -10,18 +10,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, static_axis, widen
-from jaxact._exponentials import (
-    UNSHIFTED,
-    Axes,
-    Sums,
-    finite,
-    maximum,
-    row_sums,
-    spread,
-    total_unshifted,
-    unless_all,
-)
+from jaxact._exponentials import UNSHIFTED, Sums, finite, row_sums, total_unshifted, unless_all
 from jaxact._forward_mode import forward_mode
+from jaxact._reductions import Axes, maximum, spread
 from jaxact._softmax import _softmax
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._canonical import widen
-from jaxact._exponentials import RowSums, below, in_one_kernel, is_largest, row_sums, sums_at_once, unless_all
+from jaxact._exponentials import RowSums, below, is_largest, row_sums, sums_at_once, unless_all
 from jaxact._forward_mode import forward_mode
+from jaxact._reductions import at_once, class_by_class, maximum, sum_over
 from jaxact._softmax import _log_softmax, without_mean
 
 
@@ -29,22 +30,29 @@ def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     def quick(x: Array, q: Array, sums: RowSums) -> Array:
         log_p = below(sums.peak, widen(x), axis) - jnp.log1p(sums.others)[..., None]
         # Infinite beside +inf and the largest number. (Not a comparison, for one kernel.)
-        return -jnp.sum(q.astype(log_p.dtype) * log_p, -1) - jnp.log1p(-is_largest(sums.peak))
+        return -sum_over(q.astype(log_p.dtype) * log_p, axis) - jnp.log1p(-is_largest(sums.peak))
 
-    def exact(x: Array, q: Array, loss: Array) -> Array:
+    def exact(x: Array, q: Array, sums: RowSums) -> Array:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
         # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA; it is 0 where no
         # class is left.
-        sums = sums_at_once(x, None, axis)
         nll = jnp.log1p(sums.others)[..., None] - _below(x, sums.peak)
         limit = largest * jnp.minimum(sums.total, 1)
         factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -limit[..., None])
-        loss = jnp.sum(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, -1)
+        loss = sum_over(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, axis)
         return loss + 0 * sums.total  # the limits may have lost a nan
 
+    if class_by_class(x, axis):
+        # Not the total: XLA of JAX 0.10 finds again, for each class, what has two uses.
+        left = jnp.where(maximum(x, axis) == -jnp.inf, 0, jnp.ones_like(sums.total))
+        return exact(x, q, sums._replace(total=left)), sums
     # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
-    loss = quick(*((x, q, sums) if in_one_kernel(x, axis) else lax.optimization_barrier((x, q, sums))))
-    return unless_all(jnp.isfinite(loss), exact, lambda x, q, loss: loss, x, q, loss), sums
+    loss = quick(*((x, q, sums) if at_once(x, axis) else lax.optimization_barrier((x, q, sums))))
+
+    def anew(x: Array, q: Array, loss: Array) -> Array:
+        return exact(x, q, sums_at_once(x, None, axis))
+
+    return unless_all(jnp.isfinite(loss), anew, lambda x, q, loss: loss, x, q, loss), sums
 
 
 def _below(x: Array, peak: Array) -> Array:
@@ -56,7 +64,7 @@ def _below(x: Array, peak: Array) -> Array:
 
 def _soft_losses_fwd(x: Array, q: Array) -> Any:
     loss, sums = soft_losses(x, q)
-    return (loss, sums), (x, q, loss if in_one_kernel(x, (x.ndim - 1,)) else sums)
+    return (loss, sums), (x, q, loss if at_once(x, (x.ndim - 1,)) else sums)
 
 
 def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
@@ -75,7 +83,9 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
         return jax.checkpoint(lambda x, g, q: without_mean(cotangent, x, None, None, axis, g, q), prevent_cse=False)
 
-    if in_one_kernel(x, axis):
+    if class_by_class(x, axis):
+        x_bar = in_one(of_possible)(x, g, q)
+    elif at_once(x, axis):
         # Where all losses are finite, what is impossible has no label.
         finite = jnp.isfinite(lax.stop_gradient(kept))
         x_bar = unless_all(finite, in_one(of_possible), in_one(of_likely), x, g, q)

@@ -23,29 +23,25 @@ from jaxact._canonical import (
 )
 from jaxact._elementary import exp
 from jaxact._exponentials import (
-    Axes,
     RowSums,
     Sums,
     at_most,
     below,
     certain,
-    class_count,
     exponentials,
     finite,
     if_dominated,
-    in_one_kernel,
-    maximum,
     maximum_and_total,
     over_total,
     row_sums,
     shift_about,
-    size,
-    spread,
     times_jacobian,
     total_unshifted,
+    undominated,
     unless_all,
 )
 from jaxact._forward_mode import forward_mode
+from jaxact._reductions import Axes, at_once, class_count, maximum, size, spread, sum_over
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
@@ -121,7 +117,7 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
         shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
         e = exponentials(widen(x), shift, t, axis, jnp.exp if summed else exp)
         return over_total(at_most(spread(total, axis), e), total, axis).astype(x.dtype)
-    if t is not None or summed or size(x) < 2**17 or in_one_kernel(x, axis):
+    if t is not None or summed or size(x) < 2**17 or at_once(x, axis):
         return about_maximum(x, None)  # to find it takes less time than a branch
     total, in_range = total_unshifted(x, axis)
     return unless_all(in_range, about_maximum, about_zero, x, total)
@@ -136,7 +132,7 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
     y, t = residuals
     dtype = y.dtype
     y = certain(widen(y))
-    z = times_jacobian(y, widen(g), lambda a: spread(jnp.sum(a, axis), axis))
+    z = times_jacobian(y, widen(g), lambda a: spread(sum_over(a, axis), axis))
     if t is None:
         return z.astype(dtype), None, None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.
@@ -204,7 +200,7 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
     sums = row_sums(x, t, axis)
     # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide. Not in one
     # kernel, which it would part.
-    again, peak = (x, sums.peak) if in_one_kernel(x, axis) else lax.optimization_barrier((x, sums.peak))
+    again, peak = (x, sums.peak) if at_once(x, axis) else lax.optimization_barrier((x, sums.peak))
     d = below(peak, widen(again), axis)
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf.
@@ -215,7 +211,7 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
 
 def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
     y, sums = _log_softmax(x, t, axis)
-    return (y, sums), (x, t, None if in_one_kernel(x, axis) else sums)
+    return (y, sums), (x, t, None if at_once(x, axis) else sums)
 
 
 def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
@@ -244,7 +240,7 @@ def without_mean(
 ) -> Array:
     """ȳ − p Σ ȳ, with ȳ = `cotangent(x, peak, *operands)` for wide logits x; in the dtype of x if t is None.
 
-    `sums` are None for what is to be one kernel (`in_one_kernel`).
+    `sums` are None for what is to be one kernel (`at_once`).
 
     What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
     """
@@ -254,14 +250,14 @@ def without_mean(
     # lost to rounding at the largest probability is Σ v, and the second time takes it off.
     def once(p: Array, x: Array, peak: Array, operands: Any) -> Array:
         g = cotangent(x, peak, *operands)
-        return g - p * spread(jnp.sum(g, axis), axis)
+        return g - p * spread(sum_over(g, axis), axis)
 
     if sums is None:
         # In one kernel, all of it again: what another has found would part this one, hence the barrier.
         x = widen(lax.optimization_barrier(x))
         p = certain(_softmax(x, t, None, axis, True))
         v = once(p, x, lax.stop_gradient(finite(maximum(x, axis))), operands)
-        return (v - p * spread(jnp.sum(v, axis), axis)).astype(result)
+        return (v - p * spread(sum_over(v, axis), axis)).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def quick(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
@@ -276,6 +272,6 @@ def without_mean(
         p = certain(_softmax(x, t, None, axis, True))
         # The barrier keeps XLA from computing v twice, with a contraction here and without it there.
         v = lax.optimization_barrier(once(p, x, sums.peak, operands))
-        return (v - p * spread(jnp.where(sums.others >= 1, 0, jnp.sum(v, axis)), axis)).astype(result)
+        return (v - p * spread(jnp.where(undominated(sums.others), 0, sum_over(v, axis)), axis)).astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)

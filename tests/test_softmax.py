@@ -229,14 +229,20 @@ def hessian(outer: Any, inner: Any) -> Any:
 @pytest.mark.parametrize("mode", ["vjp", "jvp"])
 @pytest.mark.parametrize(
     ("dtype", "shape"),
-    # From 4096 rows on, there is another formula for the sums and for log_softmax's rule.
-    [("float32", (600, 1000)), ("float32", (5000, 100)), ("bfloat16", (600, 1000)), ("float16", (600, 1000))],
+    # From 4096 rows on, there is another formula for the sums and for log_softmax's rule; and one for few classes.
+    [
+        ("float32", (600, 1000)),
+        ("float32", (5000, 100)),
+        ("float32", (5000, 10)),
+        ("bfloat16", (600, 1000)),
+        ("float16", (600, 1000)),
+    ],
 )
 @pytest.mark.parametrize("scale", [1, 10, 30, "dominated"])
 def test_each_element_of_a_derivative_of_many_classes(
     name: str, mode: str, dtype: str, shape: tuple[int, int], scale: float | str
 ) -> None:
-    # Of few classes test_rules.py verifies the whole Jacobian.
+    # Of few rows test_rules.py verifies the whole Jacobian.
     bound_in_u = BOUND[name, mode] if dtype == "float32" else 4
     rows, classes = shape
     x = jnp.asarray(logits(scale, rows, classes, seed=0), dtype)
@@ -397,6 +403,16 @@ def test_ties(name: str, dtype: str, count: int) -> None:
     bound_in_u = BOUND[name, "vjp"] if dtype == "float32" else 4
     assert (abs(got - exact) <= bound_in_u * UNIT[dtype] * bound).all()
     assert len(set(got[1:].tolist())) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("count", [2, 3])
+def test_ties_at_every_height(count: int, rows: int) -> None:
+    # Each of the exponentials, in the sum and by itself, has its own rounding; none may make one of the classes vanish.
+    log_softmax = jax.jit(jaxact.log_softmax)
+    for height in np.random.default_rng(0).uniform(-400, 400, 300):
+        x = jnp.full((rows, count), height, jnp.float32)
+        assert ulps(log_softmax(x), np.full(x.shape, -np.log(count))) <= 2  # as above
 
 
 # Temperature.
