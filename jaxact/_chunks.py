@@ -279,7 +279,7 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     weights = options.weights(z.shape[-1], z.dtype)
     smoothing, adjust = options.smoothing_weights(weights, z.dtype), options.adjustment(z)
     adjusted, pull_adjust = jax.vjp(lambda z, adjust: adjust(z), z, adjust)
-    losses, label_sums = label_losses(how.classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment(None, None))
+    losses, total = label_losses(how.classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment(None, None))
 
     def loss_of(losses: Losses, options: Options) -> Array:
         by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)
@@ -288,7 +288,7 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     loss, pull_loss = jax.vjp(loss_of, losses, options)
     rows = Rows(loss, losses.lse)
     if how.extras:
-        nats, pull_entropy = entropy(adjusted, label_sums, how.classes)
+        nats, pull_entropy = entropy(adjusted, total, how.classes)
         rows = Rows(loss, losses.lse, jnp.where(tokens.live, nats, 0), predicted(adjusted, how.classes))
     if g is None:
         return sums, (rows, None)
@@ -298,7 +298,7 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     losses_bar, options_bar = pull_loss(g.loss)
     losses_bar = losses_bar._replace(lse=losses_bar.lse + g.lse)
     z_bar, smoothing_bar = logit_cotangent(
-        adjusted, tokens.y, tokens.live, smoothing, losses.nll, label_sums, losses_bar, how.classes
+        adjusted, tokens.y, tokens.live, smoothing, losses.nll, total, losses_bar, how.classes
     )
     if how.extras:
         z_bar = z_bar + jnp.where(tokens.live[:, None], pull_entropy(g.entropy), 0)

@@ -20,6 +20,13 @@ from jaxact._forward_mode import forward_mode
 from jaxact._options import Adjustment, Losses
 
 
+class Total(NamedTuple):
+    """Σ e^{z − c} of a row's logits z; arrays of the row's shape with one class."""
+
+    shift: Array  # c, finite
+    sum: Array  # at least 1, but for a row in which no class is left: there it would be 0
+
+
 class LabelSums(NamedTuple):
     """What a row's logits z come to, seen from its label y; arrays of the row's shape with one class."""
 
@@ -28,9 +35,8 @@ class LabelSums(NamedTuple):
     others: Array  # Σ e^{zⱼ − c} over the classes j ≠ y
 
     @property
-    def total(self) -> Array:
-        """At least 1, but for a row in which no class is left: there it would be 0."""
-        return jnp.maximum(self.at_label + self.others, 1)
+    def total(self) -> Total:
+        return Total(self.shift, jnp.maximum(self.at_label + self.others, 1))
 
 
 def elsewhere(z: Array, y: Array) -> Array:
@@ -150,22 +156,22 @@ def _existing_weights(z: Array, weights: Array, classes: Classes) -> tuple[Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def label_losses(
     classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
-) -> tuple[Losses, LabelSums]:
-    """The losses of logits `x` after adjustment, 0 where not live; and the sums they are made of, as constants."""
+) -> tuple[Losses, Total]:
+    """The losses of logits `x` after adjustment, 0 where not live; and the sum they are made of, as a constant."""
     z_y, sums = label_sums(x, adjust, y, live, classes)
     losses = losses_of(adjust(x), z_y, sums, weights, classes)
-    return losses if live is None else Losses(*(jnp.where(live, a, 0) for a in losses)), sums
+    return losses if live is None else Losses(*(jnp.where(live, a, 0) for a in losses)), sums.total
 
 
 def _label_losses_fwd(
     classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
 ) -> Any:
-    losses, sums = label_losses(classes, x, y, live, weights, adjust)
-    return (losses, sums), (x, y, live, weights, adjust, losses.nll, sums)
+    losses, total = label_losses(classes, x, y, live, weights, adjust)
+    return (losses, total), (x, y, live, weights, adjust, losses.nll, total)
 
 
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
-    x, y, live, weights, adjust, nll, sums = residuals
+    x, y, live, weights, adjust, nll, total = residuals
     if not classes.lean:
         # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed. But in
         # second derivatives it then also keeps probabilities twice.
@@ -174,9 +180,9 @@ def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
         # What does not count may hold anything, and 0 times it would reach second derivatives. (The head has left it
         # out before.)
         x = jnp.where(live[..., None], x, 0)
-        sums = LabelSums(*(jnp.where(live[..., None], a, 1) for a in sums))
+        total = Total(*(jnp.where(live[..., None], a, 1) for a in total))
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
-    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, sums, cotangents[0], classes)
+    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, total, cotangents[0], classes)
     if weights is not None and weights_bar is not None:
         if varying(weights_bar) != varying(weights):
             weights_bar = lax.psum(weights_bar, tuple(varying(weights_bar) - varying(weights)))
@@ -196,7 +202,7 @@ def logit_cotangent(
     live: Array | None,
     weights: Array | None,
     nll: Array,
-    sums: LabelSums,
+    total: Total,
     g: Losses,
     classes: Classes,
 ) -> tuple[Array, Array | None]:
@@ -209,7 +215,7 @@ def logit_cotangent(
         at_each, weight_sum, count = _existing_weights(z, weights, classes)
         g_each = g_uniform / count
         g_lse = g_lse + g_each * weight_sum
-    p = _probabilities(classes, z, sums)
+    p = _probabilities(classes, z, total)
     # Nor is it to keep the distances.
     places = _places(z)
     here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
@@ -217,7 +223,7 @@ def logit_cotangent(
     exists, weights_bar = z != -jnp.inf, None
     if weights is not None:
         z_bar = z_bar - g_each * at_each
-        log_p = jnp.where(exists, _log_probabilities(classes, z, sums), 0)
+        log_p = jnp.where(exists, _log_probabilities(classes, z, total), 0)
         extra = tuple(range(z.ndim - weights.ndim))
         weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
     # What does not exist has no derivative, whatever its row's loss is.
@@ -236,16 +242,16 @@ _complement.defjvps(lambda nll_dot, _, nll: nll_dot * jnp.exp(-nll))
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
+def _probabilities(classes: Classes, z: Array, total: Total) -> Array:
     # The minimum changes +inf alone, from which no shift can be taken. Behind the barrier XLA computes the exponentials
     # again instead of keeping them from where they were summed.
-    shift, total = lax.optimization_barrier((sums.shift, sums.total))
-    d = jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift
-    return (jnp.exp(d) if classes.lean else exp(d)) / total
+    total = lax.optimization_barrier(total)
+    d = jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - total.shift
+    return (jnp.exp(d) if classes.lean else exp(d)) / total.sum
 
 
-def _probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> tuple[Array, Array]:
-    p = _probabilities(classes, z, sums)
+def _probabilities_fwd(classes: Classes, z: Array, total: Total) -> tuple[Array, Array]:
+    p = _probabilities(classes, z, total)
     return p, p
 
 
@@ -258,26 +264,26 @@ _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_probabilities(classes: Classes, z: Array, sums: LabelSums) -> Array:
-    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - sums.shift) - jnp.log(sums.total)
+def _log_probabilities(classes: Classes, z: Array, total: Total) -> Array:
+    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - total.shift) - jnp.log(total.sum)
 
 
-def _log_probabilities_fwd(classes: Classes, z: Array, sums: LabelSums) -> Any:
-    return _log_probabilities(classes, z, sums), (z, sums)
+def _log_probabilities_fwd(classes: Classes, z: Array, total: Total) -> Any:
+    return _log_probabilities(classes, z, total), (z, total)
 
 
 def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
-    z, sums = residuals
-    return g - _probabilities(classes, z, sums) * classes.sum(g), None
+    z, total = residuals
+    return g - _probabilities(classes, z, total) * classes.sum(g), None
 
 
 _log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
 
 
-def entropy(z: Array, sums: LabelSums, classes: Classes) -> tuple[Array, Any]:
+def entropy(z: Array, total: Total, classes: Classes) -> tuple[Array, Any]:
     """H = −Σ p log p of each row, in nats, and the cotangent of the logits as a function of its cotangent."""
-    p = _probabilities(classes, z, sums)
-    terms = jnp.where(p > 0, _log_probabilities(classes, z, sums), 0)
+    p = _probabilities(classes, z, total)
+    terms = jnp.where(p > 0, _log_probabilities(classes, z, total), 0)
     h = -classes.sum(p * terms)
     return h[..., 0], lambda g: -g[..., None] * p * (terms + h)
 

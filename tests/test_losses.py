@@ -321,6 +321,13 @@ def test_dtypes_of_the_dense_loss_are_those_of_its_logits(x64: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_of_integer_labels_keeps_four_numbers_a_row(dtype: str) -> None:
+    x, y = jnp.ones((8, 256), dtype), jnp.arange(8)
+    # Of 32 bits each, with the label, and whether a class has it.
+    assert verify.residuals(lambda x: integer_loss(x, y), x).facts["bytes"] <= x.nbytes + (4 * 4 + 1) * 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dense_loss_keeps_16_bits_of_16(dtype: str) -> None:
     x, q = jnp.ones((8, 256), dtype), jnp.ones((8, 256), dtype)
     # Beside them three numbers for each row, in float32.

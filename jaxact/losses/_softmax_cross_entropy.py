@@ -75,7 +75,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     Derivative:
         (1 − ε) w_y (p − 1[y]) + ε/K (p Σ w − w) + 2·z_loss·(log Σ e^z) p, where the entry at the label is minus the sum
-        of the others and not p_y − 1. Reverse mode keeps `logits`, and six numbers for each example.
+        of the others and not p_y − 1. Reverse mode keeps `logits`, and of each example four numbers and whether its
+        label exists.
 
     Numerics:
         log1p of the sum over all classes but the label's. So the loss keeps its digits when it is small: with logits
@@ -139,9 +140,14 @@ def _of_integers(
     label_weight = at_index(weights, y, axis_name)
     if label_weight is not None:
         label_weight = as_divided(label_weight, rows.nll)
-    loss = options.combine(rows, label_weight)
+    loss = _nan_unless(exists if live is None else exists | ~live, options.combine(rows, label_weight))
+    return _counted(loss, live)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # what is kept is the condition, and not the factor
+def _nan_unless(condition: Array, loss: Array) -> Array:
     # As a factor nan reaches the gradient too.
-    return _counted(loss * jnp.where(exists if live is None else exists | ~live, 1, jnp.nan), live)
+    return loss * jnp.where(condition, 1, jnp.nan)
 
 
 def _rows(x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array | None]:
