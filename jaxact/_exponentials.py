@@ -64,18 +64,23 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     """
     if t is not None:
         return Shift(peak, peak, jnp.ones_like(peak))
-    # The reciprocal of the sum is to be a normal number, in which of a few exponentials each may be as large as the
-    # largest.
-    info, few = jnp.finfo(peak.dtype), count <= 2**4
-    room = math.floor(-math.log(float(info.tiny)) - math.log(max(count, 1)) if few else math.log(float(info.max)) - 2)
-    by = jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
-    if few:
-        return Shift(peak, by, jnp.ones_like(peak))
+    info = jnp.finfo(peak.dtype)
+    if count <= 2**4:
+        # So few that they may all be as large as the largest, and the reciprocal of their sum be a normal number still.
+        room = math.floor(-math.log(float(info.tiny)) - math.log(max(count, 1)))
+        return Shift(peak, _least_shift(peak, room), jnp.ones_like(peak))
+    # Room for rounding s up, and for the reciprocal of the sum to be a normal number.
+    room = math.floor(math.log(float(info.max))) - 2
     # A larger maximum makes the sum of all larger still: divided by their number, the exponentials do not overflow,
     # and none is flushed that is a normal part of it. (Arithmetic on the maximum, and not a comparison: so XLA for
     # CPU makes one kernel of softmax.)
     large = jnp.minimum(jnp.floor(jnp.maximum(peak / (UNSHIFTED + 1), 0)), 1)
-    return Shift(peak, by, 1 - large * (1 - 0.5 ** (max(count, 1) - 1).bit_length()))
+    return Shift(peak, _least_shift(peak, room), 1 - large * (1 - 0.5 ** (count - 1).bit_length()))
+
+
+def _least_shift(peak: Array, room: int) -> Array:
+    """The integer nearest 0 that is at most the maximum, and at most `room` below it."""
+    return jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
 
 
 def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Callable[[Array], Array] = jnp.exp) -> Array:

@@ -240,7 +240,7 @@ def without_mean(
 ) -> Array:
     """ȳ − p Σ ȳ, with ȳ = `cotangent(x, peak, *operands)` for wide logits x; in the dtype of x if t is None.
 
-    `sums` are None for what is to be one kernel (`at_once`).
+    `sums` are None where all is done at once (`at_once`).
 
     What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
     """
