@@ -1,5 +1,6 @@
 """Where the classes and the rows of an array lie on the devices, and what belongs to a label there."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,14 +37,14 @@ def vary(a: Array, axes: frozenset[Any]) -> Array:
     return lax.pcast(a, missing, to="varying") if missing else a
 
 
-def alike(a: Array, b: Array) -> tuple[Array, Array]:
-    """Both divided over the same axes of a mesh, since a rule returns cotangents that are divided as its arguments."""
-    axes = varying(a) | varying(b)
-    a, b = vary(a, axes), vary(b, axes)
-    if jax.typeof(a).sharding == jax.typeof(b).sharding:
-        return a, b
-    both = jax.typeof(jnp.logical_and(a, b)).sharding
-    return jax.sharding.reshard(a, both), jax.sharding.reshard(b, both)
+def alike(*arrays: Array) -> list[Array]:
+    """All divided over the same axes of a mesh, since a rule returns cotangents that are divided as its arguments."""
+    axes = frozenset[Any]().union(*map(varying, arrays))
+    varied = [vary(a, axes) for a in arrays]
+    if len({jax.typeof(a).sharding for a in varied}) == 1:
+        return varied
+    common = jax.typeof(functools.reduce(jnp.logical_and, varied)).sharding
+    return [jax.sharding.reshard(a, common) for a in varied]
 
 
 def as_divided(a: Array, like: Array) -> Array:

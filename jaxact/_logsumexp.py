@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, static_axis, widen
+from jaxact._classes import alike
 from jaxact._exponentials import UNSHIFTED, Sums, finite, row_sums, total_unshifted, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, maximum, spread
@@ -88,7 +89,8 @@ def _logsumexp_of_any(
         fixed = lax.stop_gradient(out)
         sign = jnp.where(jnp.isnan(fixed), fixed, (fixed > -jnp.inf).astype(fixed.dtype))
     else:
-        out, sign = _weighted_logsumexp(x, masked(b, where, 0), axes)
+        x, b = alike(x, masked(b, where, 0))
+        out, sign = _weighted_logsumexp(x, b, axes)
         if not return_sign:
             out = jnp.where(sign < 0, jnp.nan, out)
     if keepdims:

@@ -21,6 +21,7 @@ from jaxact._canonical import (
     static_axis,
     widen,
 )
+from jaxact._classes import vary, varying
 from jaxact._elementary import exp
 from jaxact._exponentials import (
     RowSums,
@@ -89,8 +90,14 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
 def _softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis(axis, x.ndim)
-    y = _softmax(masked(x, where, -math.inf), divisor(temperature, x), None, axes, False)
+    y = _softmax(masked(x, where, -math.inf), _divisor(temperature, x), None, axes, False)
     return masked(y, where, 0)  # for derivatives: so that not even a cotangent of nan counts at what is masked
+
+
+def _divisor(temperature: ArrayLike | None, x: Array) -> Array | None:
+    """The temperature, with a cotangent of its own on every device that has logits of its own."""
+    t = divisor(temperature, x)
+    return None if t is None else vary(t, varying(x))
 
 
 @forward_mode
@@ -189,7 +196,7 @@ def log_softmax(
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis(axis, x.ndim)
-    y, _ = _log_softmax(masked(x, where, -math.inf), divisor(temperature, x), axes)
+    y, _ = _log_softmax(masked(x, where, -math.inf), _divisor(temperature, x), axes)
     return masked(y, where, -math.inf)  # as in softmax
 
 

@@ -18,6 +18,7 @@ from jaxact._canonical import (
     require_arrays,
     widen,
 )
+from jaxact._classes import alike, vary, varying
 from jaxact._elementary import exp, exp_and_rest, exp_of_sum, log, log1p_and_rest, log1p_of_fraction
 from jaxact._error_free import product_and_rest, sum_and_rest
 from jaxact._forward_mode import forward_mode
@@ -86,7 +87,8 @@ def _binary_cross_entropy_of_any(
     if smoothing is not None:
         y = y + jnp.asarray(smoothing, y.dtype) * (0.5 - y)
     weight = None if pos_weight is None else masked(broadcast("pos_weight", pos_weight, x).astype(y.dtype), where, 1)
-    loss = _binary_cross_entropy(x, y, weight)
+    x, y, *more = alike(x, y) if weight is None else alike(x, y, weight)
+    loss = _binary_cross_entropy(x, y, more[0] if more else None)
     return loss if where is None else masked(loss, where, 0)
 
 
@@ -187,7 +189,8 @@ def _focal_of_any(
     x = masked(as_float("logits", logits), where, 0)
     y = _probability(labels, x, where)
     a = None if alpha is None else masked(broadcast("alpha", alpha, x).astype(y.dtype), where, 0)
-    loss = _focal_loss(x, y, a, jnp.asarray(gamma, y.dtype))
+    x, y, *more = alike(x, y) if a is None else alike(x, y, a)
+    loss = _focal_loss(x, y, more[0] if more else None, vary(jnp.asarray(gamma, y.dtype), varying(x)))
     return loss if where is None else masked(loss, where, 0)
 
 
