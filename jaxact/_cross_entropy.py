@@ -85,7 +85,7 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     folds = next((n for n in range(4, count // 256 + 1) if count % n == 0), None) if worth else None
     if folds is None:
         return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y)) / 2
-    folded = x.reshape(*x.shape[:-1], folds, -1)
+    folded = x.reshape(*x.shape[:-1], folds, count // folds)
     place, fold = y % folded.shape[-1], y // folded.shape[-1]
     own = jnp.take_along_axis(folded, place[..., None, None], -1, mode="clip")[..., 0]
     across = jnp.sum(jnp.exp(adjust(folded)), -2)

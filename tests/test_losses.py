@@ -378,3 +378,10 @@ def test_arguments_that_are_divided_otherwise_than_the_logits(name: str, on_eigh
         print("agreed")
     """
     assert on_eight_devices(program.replace("NAME", name)).strip() == "agreed"
+
+
+def test_no_rows_of_many_classes() -> None:
+    x, y = jnp.zeros((0, 1024)), jnp.zeros(0, int)  # so many that a row is folded
+    value, gradient = jax.value_and_grad(lambda x: losses.softmax_cross_entropy_with_integer_labels(x, y).sum())(x)
+    assert value == 0
+    assert gradient.shape == x.shape
