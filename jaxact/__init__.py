@@ -9,8 +9,17 @@ from jaxact._sigmoid import log_sigmoid as log_sigmoid, logit as logit, sigmoid 
 from jaxact._softmax import log_softmax as log_softmax, softmax as softmax
 
 
+# Not imported above: they take longer than the rest, and few programs use them.
+_LATER = ("classifiers", "verify")
+
+
 def __getattr__(name: str) -> Any:
-    # Not imported above: they take longer than the rest, and few programs use them.
-    if name in ("classifiers", "verify"):
+    if name in _LATER:
         return importlib.import_module(f"jaxact.{name}")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("jaxact")
     raise AttributeError(f"module 'jaxact' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, "__version__"})

@@ -19,6 +19,8 @@ def require_array(name: str, x: ArrayLike) -> ArrayLike:
     """`x`, if it is an array or a number. Cheap, for use before a jitted call, which would take containers apart."""
     if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
         raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}.")
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "OSUMm":
+        raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}.")
     return x
 
 
@@ -33,6 +35,8 @@ def as_float(name: str, x: ArrayLike) -> Array:
     """`x` as a floating-point array: integers and bools become the default float."""
     array = jnp.asarray(require_array(name, x))
     if jnp.issubdtype(array.dtype, jnp.floating):
+        if jnp.finfo(array.dtype).bits < 16:  # some of them have no infinity, and none is promoted implicitly
+            raise TypeError(f"{name} must have at least 16 bits, got dtype {array.dtype}: cast it first.")
         return array
     if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool:
         return array.astype(float)  # JAX reads `float` as float64 under jax_enable_x64 and as float32 otherwise
@@ -98,8 +102,11 @@ def broadcast(name: str, value: ArrayLike, logits: Array) -> Array:
         raise ValueError(f"{name} must broadcast to the shape {logits.shape} of logits, got {array.shape}.") from None
 
 
-def masked(x: Array, where: ArrayLike | None, fill: float) -> Array:
-    """`x` with `fill` where the mask is False. What stood there, nan included, leaves no trace in any derivative."""
+def masked(x: Array, where: ArrayLike | None, fill: float, name: str = "the input") -> Array:
+    """`x` with `fill` where the mask is False. What stood there, nan included, leaves no trace in any derivative.
+
+    The name is that of the argument whose shape `x` has.
+    """
     if where is None:
         return x
     mask = jnp.asarray(where)
@@ -108,7 +115,7 @@ def masked(x: Array, where: ArrayLike | None, fill: float) -> Array:
     try:
         mask = jnp.broadcast_to(mask, x.shape)
     except ValueError:
-        raise ValueError(f"where must broadcast to the shape {x.shape} of the input, got {mask.shape}.") from None
+        raise ValueError(f"where must broadcast to the shape {x.shape} of {name}, got {mask.shape}.") from None
     return jnp.where(mask, x, jnp.asarray(fill, x.dtype))
 
 

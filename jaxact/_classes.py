@@ -27,6 +27,16 @@ class Classes(NamedTuple):
         return here if self.axis_name is None else lax.pmax(here, self.axis_name)
 
 
+def static_axis_name(axis_name: AxisName) -> AxisName:
+    """`axis_name` as what a jitted call can hash. A list counts as a tuple."""
+    names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    try:
+        hash(names)
+    except TypeError:
+        raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of them, got {axis_name!r}.") from None
+    return names
+
+
 def varying(a: Any) -> frozenset[Any]:
     """The mesh axes along which devices hold different values, inside `shard_map`; none with check_vma=False."""
     return jax.typeof(a).mat.varying
@@ -37,14 +47,18 @@ def vary(a: Array, axes: frozenset[Any]) -> Array:
     return lax.pcast(a, missing, to="varying") if missing else a
 
 
-def alike(*arrays: Array) -> list[Array]:
-    """All divided over the same axes of a mesh, since a rule returns cotangents that are divided as its arguments."""
-    axes = frozenset[Any]().union(*map(varying, arrays))
-    varied = [vary(a, axes) for a in arrays]
-    if len({jax.typeof(a).sharding for a in varied}) == 1:
-        return varied
-    common = jax.typeof(functools.reduce(jnp.logical_and, varied)).sharding
-    return [jax.sharding.reshard(a, common) for a in varied]
+def alike(*arrays: Any) -> Any:
+    """All divided over the same axes of a mesh, since a rule returns cotangents that are divided as its arguments.
+
+    None, for one that is not given, remains.
+    """
+    given = jax.tree.leaves(arrays)
+    axes = frozenset[Any]().union(*map(varying, given))
+    varied = [vary(a, axes) for a in given]
+    if len({jax.typeof(a).sharding for a in varied}) > 1:
+        common = jax.typeof(functools.reduce(jnp.logical_and, varied)).sharding
+        varied = [jax.sharding.reshard(a, common) for a in varied]
+    return jax.tree.unflatten(jax.tree.structure(arrays), varied)
 
 
 def as_divided(a: Array, like: Array) -> Array:
@@ -57,8 +71,9 @@ def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array
     """The place of each label among this shard's classes, outside of them if on another; and which labels exist."""
     first: Any = 0 if axis_name is None else lax.axis_index(axis_name) * classes
     count = classes if axis_name is None else classes * lax.axis_size(axis_name)
-    # A narrow or unsigned dtype holds neither the count nor a difference.
-    wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    # A narrow or unsigned dtype holds neither the count nor a difference. (4 bits are promoted with nothing.)
+    narrow = jnp.iinfo(labels.dtype).bits < 32
+    wide = labels.astype(jnp.int32 if narrow else jnp.promote_types(labels.dtype, jnp.int32))
     exists = (wide >= 0) & (wide < count)
     return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
 

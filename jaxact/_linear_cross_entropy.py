@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, canonical_int, masked, require_array, require_arrays
 from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted, weighted_total
-from jaxact._classes import AxisName, at_index, label_index, not_ignored
+from jaxact._classes import AxisName, at_index, label_index, not_ignored, static_axis_name
 from jaxact._options import Options
 
 
@@ -132,13 +132,10 @@ def linear_cross_entropy(
         raise TypeError(f"accum_dtype must be a float type, got {accum_dtype!r}.")
     if jnp.finfo(accum_dtype).bits < 32:
         raise ValueError(f"accum_dtype must have at least 32 bits, got {jnp.dtype(accum_dtype)}.")
-    try:
-        precision = lax.Precision(precision) if isinstance(precision, str) else precision
-    except ValueError:
-        raise ValueError(f"precision must be as for jax.numpy.matmul, got {precision!r}.") from None
     how = How(
         int(w_layout == "dv"), None if chunk == "auto" else canonical_int("chunk", chunk, 1), jnp.dtype(accum_dtype),
-        precision, axis_name, return_aux,
+        tuple(precision) if isinstance(precision, list) else precision,
+        static_axis_name(axis_name), bool(return_aux),
     )  # fmt: skip
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
     for name, value in (("x", x), ("w", w), ("labels", labels)):
@@ -177,7 +174,7 @@ def _of_any(
         bias = as_float("bias", bias)
         if bias.shape != (vocabulary,):
             raise ValueError(f"bias must have shape ({vocabulary},), got {bias.shape}.")
-    live = jnp.ones(shape, bool) if where is None else masked(jnp.ones(shape, bool), where, False)
+    live = jnp.ones(shape, bool) if where is None else masked(jnp.ones(shape, bool), where, False, "labels")
     if ignore_index is not None:
         live &= not_ignored(labels, ignore_index)
     weight = jnp.ones(shape, dtype)

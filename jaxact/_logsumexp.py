@@ -66,7 +66,7 @@ def logsumexp(
     """
     if b is not None:
         require_array("b", b)
-    return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, keepdims, return_sign, where)
+    return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, bool(keepdims), bool(return_sign), where)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))

@@ -5,6 +5,7 @@ Written for the bits as much as for the mathematics: `train_twins` says why and 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
+from jaxact._canonical import as_float, canonical_int, canonical_scalar
 from jaxact._logsumexp import logsumexp
 from jaxact._sigmoid import sigmoid, softplus
 from jaxact._softmax import softmax
@@ -92,6 +94,7 @@ def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Arr
         Booleans of the broadcast shape; False where the probability is nan.
 
     Raises:
+        TypeError: if one of them is complex or not an array.
         ValueError: if the threshold does not broadcast, or is known and nan.
 
     Numerics:
@@ -105,6 +108,7 @@ def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Arr
         >>> [i + 1 for i in jnp.flatnonzero(multilabel(p, 0.3)).tolist()]
         [3, 4, 7, 8, 10]
     """
+    as_float("probabilities", probabilities), as_float("threshold", threshold)  # for the errors
     p = jnp.asarray(probabilities)
     t = jnp.asarray(threshold, p.dtype if jnp.issubdtype(p.dtype, jnp.floating) else None)
     try:
@@ -192,8 +196,8 @@ def train_twins(
         x: features, shape (examples, features), finite.
         y: labels, shape (examples,), 0 or 1, both present.
         optimizer: maps a learning rate to an optax transformation; `optax.sgd` by default.
-        learning_rate: of the softmax model. The sigmoid model gets twice as much.
-        weight_decay: decoupled weight decay of the softmax model. The sigmoid model gets half as much.
+        learning_rate: > 0, of the softmax model. The sigmoid model gets twice as much.
+        weight_decay: ≥ 0, decoupled weight decay of the softmax model. The sigmoid model gets half as much.
         steps: number of full-batch steps, at least 1.
         key: for the starting point; `jax.random.key(0)` by default.
         matched: False gives both models the same learning rate and decay, to show that the curves then differ.
@@ -207,7 +211,8 @@ def train_twins(
 
     Raises:
         ValueError: if `x` or `y` has the wrong shape, no rows, nan or infinite features, labels other than 0 and 1 or
-            only one of them; if `steps` < 1 or `learning_rate` ≤ 0.
+            only one of them; if `steps` < 1, or `learning_rate` or `weight_decay` is out of range.
+        TypeError: if an argument is not of the type above.
 
     Example:
         >>> import numpy as np
@@ -218,10 +223,18 @@ def train_twins(
         (True, 0.0)
     """
     x, y = _checked_data(x, y)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    steps = canonical_int("steps", steps, 1)
+    canonical_scalar("learning_rate", learning_rate, lambda r: 0 < r < math.inf, "positive and finite")
+    canonical_scalar("weight_decay", weight_decay, lambda d: 0 <= d < math.inf, "finite and not negative")
+    if not (optimizer is None or callable(optimizer)):
+        raise TypeError(
+            f"optimizer must be a function of the learning rate, such as optax.adam, got {type(optimizer).__name__}."
+        )
+    for name, function in (("progress", progress), ("loss", loss)):
+        if not (function is None or callable(function)):
+            raise TypeError(f"{name} must be a function, got {function!r}.")
+    if not (key is None or isinstance(key, jax.Array)):
+        raise TypeError(f"key must be one of jax.random.key, got {key!r}.")
     import optax  # here, so that the classifiers can be used without it
 
     def transformation(rate: float, decay: float) -> Any:

@@ -87,8 +87,7 @@ def _binary_cross_entropy_of_any(
     if smoothing is not None:
         y = y + jnp.asarray(smoothing, y.dtype) * (0.5 - y)
     weight = None if pos_weight is None else masked(broadcast("pos_weight", pos_weight, x).astype(y.dtype), where, 1)
-    x, y, *more = alike(x, y) if weight is None else alike(x, y, weight)
-    loss = _binary_cross_entropy(x, y, more[0] if more else None)
+    loss = _binary_cross_entropy(*alike(x, y, weight))
     return loss if where is None else masked(loss, where, 0)
 
 
@@ -189,8 +188,8 @@ def _focal_of_any(
     x = masked(as_float("logits", logits), where, 0)
     y = _probability(labels, x, where)
     a = None if alpha is None else masked(broadcast("alpha", alpha, x).astype(y.dtype), where, 0)
-    x, y, *more = alike(x, y) if a is None else alike(x, y, a)
-    loss = _focal_loss(x, y, more[0] if more else None, vary(jnp.asarray(gamma, y.dtype), varying(x)))
+    x, y, a = alike(x, y, a)
+    loss = _focal_loss(x, y, a, vary(jnp.asarray(gamma, y.dtype), varying(x)))
     return loss if where is None else masked(loss, where, 0)
 
 

@@ -21,7 +21,7 @@ from jaxact._canonical import (
     require_arrays,
     static_axis,
 )
-from jaxact._classes import AxisName, Classes, alike, as_divided, at_index, label_index, not_ignored
+from jaxact._classes import AxisName, Classes, alike, as_divided, at_index, label_index, not_ignored, static_axis_name
 from jaxact._cross_entropy import label_losses
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of, times
@@ -106,7 +106,7 @@ def softmax_cross_entropy_with_integer_labels(
     require_arrays(where=where, class_weight=class_weight)
     require_array("logits", logits)
     require_array("labels", labels)
-    return _of_integers(logits, labels, where, options, static_axis(axis), ignore_index, axis_name)
+    return _of_integers(logits, labels, where, options, static_axis(axis), ignore_index, static_axis_name(axis_name))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -159,9 +159,9 @@ def _rows(x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array |
     shape = tuple(x.shape[a] for a in batch)
     live = None
     if where is not None and jnp.ndim(where) == len(shape) < x.ndim:
-        live = masked(jnp.ones(shape, bool), where, False)
+        live = masked(jnp.ones(shape, bool), where, False, "the rows (a mask of classes is given as `where[None]`)")
     else:
-        x = masked(x, where, -math.inf)
+        x = masked(x, where, -math.inf, "logits")
     return x.transpose(batch + axes).reshape(*shape, math.prod(x.shape[a] for a in axes)), live
 
 

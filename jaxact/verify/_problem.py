@@ -47,6 +47,8 @@ class Problem:
     """`f` at `args`. Vectors of tangents and cotangents are rows of float64 matrices, leaf after leaf."""
 
     def __init__(self, f: Callable[..., Any], args: tuple[Any, ...]):
+        if not callable(f):
+            raise TypeError(f"f must be a function, got {f!r}.")
         leaves, tree = jax.tree.flatten(args)
         self.f = f
         self.spec = Spec(tree, tuple(map(_role, leaves)), _rules(f))
