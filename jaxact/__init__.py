@@ -8,7 +8,6 @@ from jaxact._logsumexp import logsumexp as logsumexp
 from jaxact._sigmoid import log_sigmoid as log_sigmoid, logit as logit, sigmoid as sigmoid, softplus as softplus
 from jaxact._softmax import log_softmax as log_softmax, softmax as softmax
 
-
 # Not imported above: they take longer than the rest, and few programs use them.
 _LATER = ("classifiers", "verify")
 

@@ -36,7 +36,7 @@ def as_float(name: str, x: ArrayLike) -> Array:
     array = jnp.asarray(require_array(name, x))
     if jnp.issubdtype(array.dtype, jnp.floating):
         if jnp.finfo(array.dtype).bits < 16:  # some of them have no infinity, and none is promoted implicitly
-            raise TypeError(f"{name} must have at least 16 bits, got dtype {array.dtype}: cast it first.")
+            raise TypeError(f"{name} must be a float of at least 16 bits, got {array.dtype}: cast it first.")
         return array
     if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool:
         return array.astype(float)  # JAX reads `float` as float64 under jax_enable_x64 and as float32 otherwise

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
-from jaxact._exponentials import at_most, certain, finite, times_jacobian, unless_all
+from jaxact._exponentials import at_most, below, but_maximum, certain, finite, times_jacobian, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._options import Adjustment, Losses
 
@@ -39,10 +39,10 @@ class LabelSums(NamedTuple):
         return Total(self.shift, jnp.maximum(self.at_label + self.others, 1))
 
 
-def elsewhere(z: Array, y: Array) -> Array:
+def but_label(z: Array, y: Array) -> Array:
     """0 at the label, 2 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
     # Behind a barrier the places are an operand: an iota inside of a kernel that sums may, in XLA of JAX 0.12, get
-    # values made for another shape. The limit is not 1, as in `_exponentials.elsewhere`.
+    # values made for another shape. The limit is not 1, as in `_exponentials.but_maximum`.
     places = lax.optimization_barrier(2 * _places(z))
     distance = places - 2 * y[..., None].astype(places.dtype)
     return jnp.minimum(jnp.abs(distance), 2).astype(compute_dtype(z.dtype))
@@ -63,7 +63,7 @@ def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Arr
     else:
         # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
         # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
-        z_y = classes.sum(finite(adjust(x)) * (1 - elsewhere(x, y) / 2))
+        z_y = classes.sum(finite(adjust(x)) * (1 - but_label(x, y) / 2))
     largest = float(jnp.finfo(z_y.dtype).max)
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
@@ -84,13 +84,13 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     worth = isinstance(count, int) and (x.dtype == compute_dtype(x.dtype) or count > 2**15) and _whole(x, classes)
     folds = next((n for n in range(4, count // 256 + 1) if count % n == 0), None) if worth else None
     if folds is None:
-        return classes.sum(jnp.exp(adjust(x)) * elsewhere(x, y)) / 2
+        return classes.sum(jnp.exp(adjust(x)) * but_label(x, y)) / 2
     folded = x.reshape(*x.shape[:-1], folds, count // folds)
     place, fold = y % folded.shape[-1], y // folded.shape[-1]
     own = jnp.take_along_axis(folded, place[..., None, None], -1, mode="clip")[..., 0]
     across = jnp.sum(jnp.exp(adjust(folded)), -2)
-    at_place = jnp.sum(jnp.exp(adjust(own)) * elsewhere(own, fold), -1, keepdims=True)
-    return (jnp.sum(across * elsewhere(across, place), -1, keepdims=True) + at_place) / 2
+    at_place = jnp.sum(jnp.exp(adjust(own)) * but_label(own, fold), -1, keepdims=True)
+    return (jnp.sum(across * but_label(across, place), -1, keepdims=True) + at_place) / 2
 
 
 def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
@@ -107,7 +107,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
         z = adjust(x)
         peak = finite(classes.max(z))
         # The minimum changes +inf alone.
-        others = classes.sum(jnp.exp(at_most(peak, z) - peak) * elsewhere(z, y)) / 2
+        others = classes.sum(jnp.exp(at_most(peak, z) - peak) * but_label(z, y)) / 2
         return LabelSums(peak, jnp.exp(at_most(peak, z_y) - peak), others)
 
     if classes.lean:
@@ -137,11 +137,9 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
     if weights is None:
         uniform = jnp.zeros_like(nll)
     else:
-        at_each, weight_sum, count = _existing_weights(z, weights, classes)
-        # Beside an infinite logit every other class is infinitely unlikely.
-        distance = jnp.where(infinite & (z < jnp.inf), jnp.inf, shift - finite(z))
-        distance = classes.sum(jnp.where(at_each == 0, 0, at_each * distance))
-        uniform = (weight_sum * log_total + distance) / count
+        at_each, _, count = _existing_weights(z, weights, classes)
+        log_p = _log_probabilities(classes, z, sums.total)
+        uniform = -classes.sum(jnp.where(at_each == 0, 0, at_each * log_p)) / count
     return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
 
 
@@ -223,7 +221,8 @@ def logit_cotangent(
     exists, weights_bar = z != -jnp.inf, None
     if weights is not None:
         z_bar = z_bar - g_each * at_each
-        log_p = jnp.where(exists, _log_probabilities(classes, z, total), 0)
+        log_p = _log_probabilities(classes, z, total)
+        log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
         extra = tuple(range(z.ndim - weights.ndim))
         weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
     # What does not exist has no derivative, whatever its row's loss is.
@@ -265,7 +264,15 @@ _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_probabilities(classes: Classes, z: Array, total: Total) -> Array:
-    return (jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - total.shift) - jnp.log(total.sum)
+    # About the maximum, as in log_softmax, and not the shift, which may be the logit of an unlikely label: no term is
+    # positive, and none falsely 0.
+    top = classes.max(z)
+    peak = finite(top)
+    d, weight = below(peak, z, ()), but_maximum(z, peak, ())
+    ties = classes.sum(2 - weight) / 2
+    others = classes.sum(jnp.exp(d) * weight) / 2 + jnp.maximum(ties - 1, 0)
+    # Beside an infinite logit every other class is infinitely unlikely.
+    return jnp.where((top == jnp.inf) & (z < jnp.inf), -jnp.inf, d - jnp.log1p(others))
 
 
 def _log_probabilities_fwd(classes: Classes, z: Array, total: Total) -> Any:

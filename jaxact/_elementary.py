@@ -28,7 +28,7 @@ _LOG1P_CENTRED = (
 def exponent_and_rest(x: Array) -> tuple[Array, Array]:
     """k and p with eˣ = 2ᵏ(1 + p), |p| < ½, of float32 between −88 and 88. To add 1 would round p."""
     k, r = _reduced(x)
-    return k, r + r * r * _polynomial(_EXP, r)
+    return k, r + r * r * polynomial(_EXP, r)
 
 
 def _reduced(x: Array) -> tuple[Array, Array]:
@@ -62,7 +62,7 @@ def exp(x: Array) -> Array:
     if x.dtype != jnp.float32:
         return jnp.exp(x)
     k, r = _reduced(jnp.maximum(x, -88.0))
-    return two_to(k) * _polynomial((1.0, 1.0, *_EXP), r)
+    return two_to(k) * polynomial((1.0, 1.0, *_EXP), r)
 
 
 @exp.defjvp
@@ -79,7 +79,7 @@ def log1p_of_fraction(e: Array) -> Array:
     """
     if e.dtype != jnp.float32:
         return jnp.log1p(e)
-    return e + e * e * _polynomial(_LOG1P, e)
+    return e + e * e * polynomial(_LOG1P, e)
 
 
 def log1p_and_rest(e: Array, rest: Array) -> tuple[Array, Array]:
@@ -91,7 +91,7 @@ def log1p_and_rest(e: Array, rest: Array) -> tuple[Array, Array]:
     square, of_square = product_and_rest(e, e)
     first, *others = _LOG1P
     two, of_two = sum_and_rest(e, -square / 2)
-    total, of_total = sum_and_rest(two, square * _polynomial((first + 0.5, *others), e))
+    total, of_total = sum_and_rest(two, square * polynomial((first + 0.5, *others), e))
     return total, (of_two + of_total) + (of_rest - of_square / 2)
 
 
@@ -123,7 +123,7 @@ def _centred(a: Array) -> tuple[Array, Array]:
 
 def _log_centred(exponent: Array, e: Array) -> Array:
     """log(2ᵏ(1 + e))."""
-    return exponent * (math.log(2) / 2**23) + (e + e * e * _polynomial(_LOG1P_CENTRED, e))
+    return exponent * (math.log(2) / 2**23) + (e + e * e * polynomial(_LOG1P_CENTRED, e))
 
 
 def two_to(k: Array) -> Array:
@@ -139,6 +139,6 @@ def _typed_as(x: Array, y: Array) -> Array:
     return y.astype(x.dtype) if x.ndim else lax.full_like(x, y)
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
+def polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
     """By Horner's scheme; the coefficient of the lowest power comes first."""
     return functools.reduce(lambda sum, c: sum * x + c, reversed(coefficients[:-1]), jnp.full_like(x, coefficients[-1]))

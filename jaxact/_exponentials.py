@@ -121,7 +121,7 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
     # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
     def exact(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
         # This difference may have cancelled. But then no second class attains the maximum.
-        weight = elsewhere(widen(x), shift.top, axis)
+        weight = but_maximum(widen(x), shift.top, axis)
         alone = jnp.sum(exponentials(widen(x), shift, t, axis) * weight, axis) / 2 / at_peak
         return jnp.where(undominated(all_but_one), all_but_one, alone)
 
@@ -140,13 +140,13 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
     if class_by_class(x, axis):
         others = sum_but_largest(lambda a: exponentials(a, shift, t, ()), wide, axis)
         return RowSums(peak, others + exponentials(top, shift, t, ()), others / at_peak)
-    weight = elsewhere(wide, peak, axis)
+    weight = but_maximum(wide, peak, axis)
     others = jnp.sum(exponentials(wide, shift, t, axis) * weight, axis) / 2
     ties = jnp.sum(2 - weight, axis) / 2  # exact, however many others there are
     return RowSums(peak, others + ties * at_peak, others / at_peak + jnp.maximum(ties - 1, 0))
 
 
-def elsewhere(x: Array, peak: Array, axis: Axes) -> Array:
+def but_maximum(x: Array, peak: Array, axis: Axes) -> Array:
     """0 where the maximum is attained and 2 elsewhere."""
     # Not 1, a limit that other kernels have as well: a constant of two kernels is written to memory at full size.
     # A constant, to autodiff: the slope of the limit would be that of a step.

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype, divisor, widen
+from jaxact._classes import Classes
+from jaxact._elementary import polynomial
+from jaxact._exponentials import finite
 
 
 class Losses(NamedTuple):
@@ -33,7 +36,7 @@ class Adjustment(NamedTuple):
         exists, top = z != -jnp.inf, z == jnp.inf
         z = jnp.where(exists & ~top, z, 0)
         if self.cap is not None:
-            z = jnp.where(top, self.cap, self.cap * _tanh(z / self.cap))
+            z = jnp.where(top, self.cap, _capped(z, self.cap))
         if self.temperature is not None:
             z = z / self.temperature
         if self.cap is None:
@@ -42,17 +45,26 @@ class Adjustment(NamedTuple):
 
 
 @jax.custom_jvp
-def _tanh(x: Array) -> Array:
-    return jnp.tanh(x)
+def _capped(x: Array, cap: Array) -> Array:
+    return cap * jnp.tanh(x / cap)
 
 
-@_tanh.defjvp
-def _tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # Not 1 − tanh², of which nothing is left where tanh rounds to 1. Beyond the limit it is not a normal number.
-    (x,), (x_dot,) = primals, tangents
-    near = jnp.abs(x) < math.log(float(jnp.finfo(x.dtype).max)) / 2
-    e = jnp.exp(jnp.where(near, x, 0))
-    return _tanh(x), x_dot * jnp.where(near, jnp.square(2 / (e + 1 / e)), 0)
+@_capped.defjvp
+def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, cap), (x_dot, cap_dot) = primals, tangents
+    u = x / cap
+    # Not 1 − tanh², of which nothing is left where tanh rounds to 1. Beyond the limit sech² is not a normal number.
+    in_range = jnp.abs(u) < math.log(float(jnp.finfo(u.dtype).max)) / 2
+    e = jnp.exp(jnp.where(in_range, u, 0))
+    of_x = jnp.where(in_range, jnp.square(2 / (e + 1 / e)), 0)
+    # tanh u − u sech² u is sech² u (sinh 2u − 2u)/2, of which the series has what the difference cancels.
+    near = jnp.abs(u) < 0.5
+    v = jnp.where(near, 2 * u, 0)
+    of_cap = jnp.where(near, of_x * v**3 * polynomial(_SINH, v * v) / 2, jnp.tanh(u) - u * of_x)
+    return _capped(x, cap), of_x * x_dot + of_cap * cap_dot
+
+
+_SINH = tuple(1 / math.factorial(k) for k in range(3, 20, 2))  # (sinh v − v)/v³ in powers of v², |v| ≤ 1
 
 
 class Options(NamedTuple):
@@ -93,6 +105,19 @@ class Options(NamedTuple):
         cap = self.logit_softcap
         dtype = compute_dtype(x.dtype)
         return Adjustment(None if cap is None else jnp.asarray(cap, dtype), divisor(self.temperature, x))
+
+    def about_maximum(self, x: Array, live: Array | None, classes: Classes) -> tuple[Array, Array]:
+        """Logits for the adjustment, less the maximum of their row where they are divided; and that, or 0.
+
+        A quotient by the temperature is rounded, and of logits with a large offset in common little would be left. A
+        cap, where there is one, bounds them.
+        """
+        if self.temperature is None or self.logit_softcap is not None:
+            return x, jnp.zeros((), compute_dtype(x.dtype))
+        peak = finite(classes.max(lax.stop_gradient(widen(x))))
+        if live is not None:
+            peak = jnp.where(live[..., None], peak, 0)
+        return widen(x) - peak, peak[..., 0]
 
     def weights(self, classes: int, dtype: Any) -> Array | None:
         """A factor for each class."""

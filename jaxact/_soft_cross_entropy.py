@@ -75,10 +75,9 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
         return -g * q.astype(g.dtype)
 
     def of_possible(x: Array, peak: Array, g: Array, q: Array) -> Array:
-        # The log p of an impossible class is constant. The factor is 0 where that is −inf and 1 elsewhere.
-        largest = float(jnp.finfo(peak.dtype).max)
-        possible = jnp.minimum(largest + jnp.maximum(_below(x, peak), -largest), 1)
-        return of_likely(x, peak, g, q) * possible
+        # As in log_softmax: the log p of a logit of −inf is constant. The factor is 0 there and 1 elsewhere.
+        largest = float(jnp.finfo(x.dtype).max)
+        return of_likely(x, peak, g, q) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
 
     def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
         return jax.checkpoint(lambda x, g, q: without_mean(cotangent, x, None, None, axis, g, q), prevent_cse=False)

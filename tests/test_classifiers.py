@@ -176,6 +176,11 @@ def test_multilabel_is_strictly_greater_in_every_dtype() -> None:
         multilabel(jnp.ones(2), jnp.ones(3))
     with pytest.raises(ValueError, match="threshold must be a number, got nan"):
         multilabel(jnp.ones(2), float("nan"))
+    for bad in (None, "a", 1j, np.array(["a"])):
+        with pytest.raises(TypeError, match=r"^probabilities must be"):
+            multilabel(bad)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^threshold must be"):
+            multilabel(jnp.ones(2), bad)  # type: ignore[arg-type]
 
 
 GOOD = np.array([[0.0], [1.0], [2.0]], np.float32)
@@ -199,10 +204,29 @@ GOOD = np.array([[0.0], [1.0], [2.0]], np.float32)
         (np.zeros((3, 0)), [0, 1, 1], {}, "x must have at least one row and one column"),
         (np.array([["a"], ["b"], ["c"]]), [0, 1, 1], {}, "x must be numeric"),
         (GOOD, [0, 1, 1], {"steps": 0}, "steps must be at least 1, got 0"),
-        (GOOD, [0, 1, 1], {"learning_rate": 0}, "learning_rate must be positive, got 0"),
-        (GOOD, [0, 1, 1], {"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
+        (GOOD, [0, 1, 1], {"learning_rate": 0}, "learning_rate must be positive and finite, got 0"),
+        (GOOD, [0, 1, 1], {"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        (GOOD, [0, 1, 1], {"learning_rate": float("inf")}, "learning_rate must be positive and finite, got inf"),
+        (GOOD, [0, 1, 1], {"weight_decay": -1}, "weight_decay must be finite and not negative, got -1"),
     ],
 )
 def test_bad_input_is_named(x: Any, y: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_twins(x, y, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 2.5),
+        ("learning_rate", "fast"),
+        ("optimizer", optax.sgd(0.1)),
+        ("optimizer", "sgd"),
+        ("key", 3),
+        ("progress", 3),
+        ("loss", "hinge"),
+    ],
+)
+def test_bad_types_are_named(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be"):
+        train_twins(GOOD, [0, 1, 1], **{name: value})

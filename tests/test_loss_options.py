@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import optax
 import oracles
@@ -119,6 +120,7 @@ BAD: list[tuple[Any, str, dict[str, Any], type[Exception]]] = [
     (integer_loss, "axis", {"axis": 0.5}, TypeError),
     (integer_loss, "where", {"where": jnp.ones((2, 3))}, TypeError),
     (integer_loss, "where", {"where": jnp.ones((3, 3), bool)}, ValueError),
+    (integer_loss, "axis_name", {"axis_name": np.zeros(2)}, TypeError),
     (integer_loss, "ignore_index", {"ignore_index": 0.5}, TypeError),
     (integer_loss, "label_smoothing", {"label_smoothing": 2}, ValueError),
     (integer_loss, "temperature", {"temperature": 0}, ValueError),
@@ -242,7 +244,13 @@ def test_derivative_of_the_focal_loss_in_gamma() -> None:
 @pytest.mark.parametrize("label", [0, 1])
 def test_an_infinite_logit_leaves_the_focal_loss_constant_in_gamma(x: float, label: int) -> None:
     # q is 0, as the loss is, or 1, whose powers are 1.
-    assert jax.grad(lambda g: focal_loss(x, label, gamma=g))(2.0) == 0
+    for gamma in (0.0, 2.0):
+        assert jax.grad(lambda g: focal_loss(x, label, gamma=g))(gamma) == 0
+
+
+def test_an_infinite_logit_and_a_weight_of_0() -> None:
+    by_label = jax.grad(lambda y, x: binary_loss(x, y, pos_weight=0.0))
+    assert [by_label(0.5, -INF), by_label(0.5, INF)] == [0, -INF]  # −softplus(x)
 
 
 def test_a_list_as_mask_is_refused() -> None:
@@ -250,6 +258,12 @@ def test_a_list_as_mask_is_refused() -> None:
     for f, labels in ((integer_loss, LABELS), (dense_loss, ROWS), (binary_loss, ROWS)):
         with pytest.raises(TypeError, match=r"^where"):
             f(ROWS, labels, where=no_mask)
+
+
+def test_a_mask_of_classes_given_as_one_of_rows_is_told_how() -> None:
+    for f, labels in ((integer_loss, LABELS), (dense_loss, ROWS)):
+        with pytest.raises(ValueError, match=r"^where .* \(2,\) of the rows .*`where\[None\]`"):
+            f(ROWS, labels, where=jnp.ones(3, bool))
 
 
 @pytest.mark.parametrize("ratio", [5.0, 8.0, 20.0, 40.0])
@@ -260,7 +274,64 @@ def test_the_slope_of_a_saturated_softcap(ratio: float) -> None:
     np.testing.assert_allclose(slope, 1 / np.cosh(ratio) ** 2, rtol=16 * U)
 
 
-@pytest.mark.parametrize("loss", [integer_loss, lambda x, y, **options: dense_loss(x, jax.nn.one_hot(y, 3), **options)])
+@pytest.mark.parametrize("ratio", [1e-4, 1e-2, 0.3, 0.6, 3.0])
+def test_the_derivative_in_the_softcap(ratio: float) -> None:
+    # p (tanh u − u sech² u), of which (2/3)u³ is left where u is small.
+    x = np.float32(30 * ratio)
+    got = jax.grad(lambda c: integer_loss(jnp.array([x, 0.0]), 1, logit_softcap=c))(30.0)
+    with mpmath.workdps(40):
+        u = mpmath.mpf(float(x)) / 30
+        p = 1 / (1 + mpmath.exp(-30 * mpmath.tanh(u)))
+        want = float(p * (mpmath.tanh(u) - u * mpmath.sech(u) ** 2))
+    # Some ten roundings; from ½ on the difference makes up to five times as many of those before it.
+    np.testing.assert_allclose(float(got), want, rtol=(10 if ratio < 0.5 else 50) * U)
+
+
+OF_THREE = pytest.mark.parametrize(
+    "loss", [integer_loss, lambda x, y, **options: dense_loss(x, jax.nn.one_hot(y, 3), **options)]
+)
+
+
+@OF_THREE
+def test_a_temperature_with_a_large_offset(loss: Any) -> None:
+    # The quotients, 3333 and some, would be rounded by 1e-4.
+    x, t = np.array([1e4, 1e4 + 1, 1e4 + 3]), 3.0
+    z = (x - x[2]) / t
+    p = np.exp(z) / np.exp(z).sum()
+    lse = x[2] / t - np.log(p[2])
+
+    def f(x: Any, t: Any, z_loss: float) -> Any:
+        return loss(x, 1, temperature=t, z_loss=z_loss)
+
+    # A dozen roundings of numbers up to twice the result.
+    rtol = 24 * U
+    value, (by_x, by_t) = jax.value_and_grad(f, (0, 1))(jnp.float32(x), t, 0.0)
+    np.testing.assert_allclose(float(value), -np.log(p[1]), rtol=rtol)
+    np.testing.assert_allclose(by_x, (p - [0, 1, 0]) / t, rtol=rtol)
+    np.testing.assert_allclose(float(by_t), (z[1] - p @ z) / t, rtol=rtol)
+    # With the square of log Σ e^z, which has the offset.
+    value, (by_x, by_t) = jax.value_and_grad(f, (0, 1))(jnp.float32(x), t, 1e-3)
+    np.testing.assert_allclose(float(value), -np.log(p[1]) + 1e-3 * lse**2, rtol=rtol)
+    np.testing.assert_allclose(by_x, (p - [0, 1, 0] + 2e-3 * lse * p) / t, rtol=rtol)
+    np.testing.assert_allclose(float(by_t), (z[1] - p @ z - 2e-3 * lse * (x[2] / t + p @ z)) / t, rtol=rtol)
+    # Rows that do not count, and such as have no class.
+    rows, live = jnp.float32([[0, 1, 3], [NAN, INF, 0], [-INF] * 3]), jnp.array([True, False, True])
+    of_rows = jax.grad(lambda t: loss(rows, jnp.ones(3, int), where=live, temperature=t, z_loss=0.1).sum())
+    assert of_rows(2.0) == jax.grad(lambda t: f(rows[0], t, 0.1))(2.0)
+
+
+@OF_THREE
+def test_smoothing_where_the_label_has_no_weight(loss: Any) -> None:
+    # What is left is the share of the likely class, −log p = log1p(e⁻²⁰).
+    x, w = jnp.array([0, -20, -INF]), jnp.array([1.0, 0.0, 1.0])
+    value, by_weight = jax.value_and_grad(lambda w: loss(x, 1, label_smoothing=0.25, class_weight=w))(w)
+    # log p by two logarithms, of which the differences from 0 and from 20 have an ulp or two; and two products.
+    np.testing.assert_allclose(float(value), 0.125 * np.log1p(np.exp(-20.0)), rtol=8 * U)
+    want = [0.125 * np.log1p(np.exp(-20.0)), 0.875 * (20 + np.log1p(np.exp(-20.0))), 0]
+    np.testing.assert_allclose(by_weight, want, rtol=8 * U)
+
+
+@OF_THREE
 def test_options_beside_an_infinite_logit(loss: Any) -> None:
     x = jnp.array([INF, 0.0, 1.0])
     assert jax.grad(lambda t: loss(x, 0, temperature=t))(2.0) == 0

@@ -473,13 +473,36 @@ def test_derivatives_in_temperature_against_mpmath(name: str, x64: None) -> None
         )
 
 
+def test_the_derivative_of_a_probability_that_float16_does_not_hold() -> None:
+    # The cotangent may be as large as this where the loss is scaled so that gradients do not vanish.
+    for classes, rows in ((2, 1), (2, 300), (40, 5)):
+        for a in (5.0, 17.0, 18.0, 20.0):
+            x = np.zeros((rows, classes), np.float16)
+            x[:, 0] = a
+            got = jax.vjp(jaxact.softmax, jnp.asarray(x))[1](jnp.full_like(x, 1e4).at[:, 0].set(0))[0]
+            rest = (classes - 1) / (np.exp(a) + classes - 1)
+            # Rounded once, to float16, whose least number is 2⁻²⁴.
+            want = 1e4 * (1 - rest) * rest
+            np.testing.assert_allclose(np.float64(got[:, 0]), -want, rtol=1.01 * 2.0**-11, atol=2.0**-25)
+            want /= classes - 1
+            np.testing.assert_allclose(np.float64(got[:, 1:]), want, rtol=1.01 * 2.0**-11, atol=2.0**-25)
+
+
 # Errors, and several devices.
 
 
 @BOTH
 def test_bad_arguments_raise_and_are_named(name: str) -> None:
     f, x = getattr(jaxact, name), jnp.zeros((2, 3))
-    for bad in (jnp.zeros(2, jnp.complex64), 1j, "logits", [1.0, 2.0], None):
+    for bad in (
+        jnp.zeros(2, jnp.complex64),
+        1j,
+        "logits",
+        [1.0, 2.0],
+        None,
+        np.array("a"),
+        jnp.ones(2, "float8_e4m3fn"),
+    ):
         with pytest.raises(TypeError, match=r"^x must be"):
             f(bad)
     with pytest.raises(TypeError, match="where must be boolean"):

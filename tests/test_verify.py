@@ -363,6 +363,8 @@ def test_reports() -> None:
 
 def test_bad_arguments() -> None:
     x = jnp.ones(3)
+    with pytest.raises(TypeError, match="f must be a function, got 3"):
+        verify.rule(3, x)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="args must contain a float array"):
         verify.rule(jnp.sin, 1)
     with pytest.raises(TypeError, match="f must return a float array"):

@@ -125,7 +125,7 @@ def _binary_cross_entropy_bwd(residuals: Any, g: Array) -> tuple[Array, Array, A
     x_bar = g * ((1 - y) * sigmoid(wide) - positive * sigmoid(-wide))
     if weight is None:
         return x_bar.astype(x.dtype), -g * wide, None
-    y_bar = g * (weight * softplus(-wide) - softplus(wide))
+    y_bar = g * (_times(weight, softplus(-wide)) - softplus(wide))
     return x_bar.astype(x.dtype), y_bar, g * _times(y, softplus(-wide))
 
 
@@ -307,7 +307,9 @@ def _focal_loss_bwd(residuals: Any, g: Array) -> Any:
     if alpha is not None:
         y_bar = y_bar + (2 * alpha - 1) * _times(focus, loss)
         alpha_bar = g * (2 * y - 1) * _times(focus, loss)
-    gamma_bar = jnp.sum(g * share * _times(_times(focus, _log_rest(wide, y)), loss))
+    # Where the loss is 0, log q may be −∞, and where that is 0 the loss infinite.
+    of_power = jnp.where(loss == 0, 0, _times(_log_rest(wide, y), loss))
+    gamma_bar = jnp.sum(g * share * _times(focus, of_power))
     return (g * x_bar).astype(x.dtype), g * y_bar, alpha_bar, gamma_bar
 
 

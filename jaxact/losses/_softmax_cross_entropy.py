@@ -135,8 +135,11 @@ def _of_integers(
     weights = options.weights(x.shape[-1], dtype)
     if weights is not None and any(jax.typeof(weights).sharding.spec):
         weights = jax.sharding.reshard(weights, P(None))  # the label's may be on any device
-    smoothing = options.smoothing_weights(weights, dtype)
-    rows, _ = label_losses(Classes(axis_name), x, y, live, smoothing, options.adjustment(x))
+    smoothing, classes, adjust = options.smoothing_weights(weights, dtype), Classes(axis_name), options.adjustment(x)
+    x, peak = options.about_maximum(x, live, classes)
+    rows, _ = label_losses(classes, x, y, live, smoothing, adjust)
+    if options.z_loss is not None:
+        rows = rows._replace(lse=rows.lse + adjust(peak))
     label_weight = at_index(weights, y, axis_name)
     if label_weight is not None:
         label_weight = as_divided(label_weight, rows.nll)
@@ -253,6 +256,7 @@ def _of_probabilities(
     dtype = compute_dtype(x.dtype)
     options = options.in_dtype(dtype)
     adjust = options.adjustment(x)
+    x, peak = options.about_maximum(x, live, Classes())
     # Logits of 16 bits that are not adjusted are kept as they are, unless two cotangents would be rounded apart.
     z = x if adjust == Adjustment(None, None) and options.z_loss is None else adjust(x)
     weights, exists = options.weights(x.shape[-1], dtype), z != -jnp.inf
@@ -263,5 +267,5 @@ def _of_probabilities(
         q = q.astype(dtype) * weights
     loss, _ = soft_losses(*alike(z, q))
     if options.z_loss is not None:
-        loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1)))
+        loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1) + adjust(peak)))
     return _counted(loss, live)
