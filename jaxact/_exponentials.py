@@ -21,6 +21,7 @@ from jaxact._reductions import (
     class_by_class,
     class_count,
     maximum,
+    on_cpu,
     size,
     spread,
     sum_but_largest,
@@ -182,13 +183,9 @@ def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[...,
     On CPU a pass over the logits is what costs, and is left out where no row needs it. Elsewhere a branch on a value
     that the device has computed may cost more than the pass, and so it does for few numbers.
     """
-    if max(map(size, jax.tree.leaves(operands))) <= 2**11:
+    if not on_cpu() or max(map(size, jax.tree.leaves(operands))) <= 2**11:
         return exact(*operands)
-
-    def on_cpu(*operands: Any) -> Any:
-        return lax.cond(_all(condition), quick, exact, *operands)
-
-    return lax.platform_dependent(*operands, cpu=on_cpu, default=exact)
+    return lax.cond(_all(condition), quick, exact, *operands)
 
 
 @jax.custom_batching.custom_vmap

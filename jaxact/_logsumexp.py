@@ -89,8 +89,7 @@ def _logsumexp_of_any(
         fixed = lax.stop_gradient(out)
         sign = jnp.where(jnp.isnan(fixed), fixed, (fixed > -jnp.inf).astype(fixed.dtype))
     else:
-        x, b = alike(x, masked(b, where, 0))
-        out, sign = _weighted_logsumexp(x, b, axes)
+        out, sign = _weighted_logsumexp(*alike(x, masked(b, where, 0)), axes)
         if not return_sign:
             out = jnp.where(sign < 0, jnp.nan, out)
     if keepdims:

@@ -229,4 +229,4 @@ def test_bad_input_is_named(x: Any, y: Any, options: dict[str, Any], message: st
 )
 def test_bad_types_are_named(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be"):
-        train_twins(GOOD, [0, 1, 1], **{name: value})
+        train_twins(GOOD, np.array([0, 1, 1]), **{name: value})
