@@ -89,7 +89,8 @@ def _logsumexp_of_any(
         fixed = lax.stop_gradient(out)
         sign = jnp.where(jnp.isnan(fixed), fixed, (fixed > -jnp.inf).astype(fixed.dtype))
     else:
-        out, sign = _weighted_logsumexp(*alike(x, masked(b, where, 0)), axes)
+        x, weights = alike(x, masked(b, where, 0))
+        out, sign = _weighted_logsumexp(x, weights, axes)
         if not return_sign:
             out = jnp.where(sign < 0, jnp.nan, out)
     if keepdims:
