@@ -18,6 +18,7 @@ from jaxact._elementary import exp
 from jaxact._exponentials import at_most, below, but_maximum, certain, finite, times_jacobian, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._options import Adjustment, Losses
+from jaxact._reductions import class_count
 
 
 class Total(NamedTuple):
@@ -39,13 +40,22 @@ class LabelSums(NamedTuple):
         return Total(self.shift, jnp.maximum(self.at_label + self.others, 1))
 
 
-def but_label(z: Array, y: Array) -> Array:
-    """0 at the label, 2 at every other class. In floating point: on CPU booleans in a sum keep XLA from vectorising."""
+FAR = 2.0**100  # times the number of classes, it does not overflow
+
+
+def but_label(e: Array, y: Array) -> Array:
+    """`e` from 0 to `FAR`, with 0 at the label, by three operations. (By booleans, XLA for CPU does not vectorise.)"""
+    return at_most(_distance(e, y), e)
+
+
+def _distance(z: Array, y: Array) -> Array:
+    """0 at the label, `FAR` or more at every other class."""
     # Behind a barrier the places are an operand: an iota inside of a kernel that sums may, in XLA of JAX 0.12, get
-    # values made for another shape. The limit is not 1, as in `_exponentials.but_maximum`.
-    places = lax.optimization_barrier(2 * _places(z))
-    distance = places - 2 * y[..., None].astype(places.dtype)
-    return jnp.minimum(jnp.abs(distance), 2).astype(compute_dtype(z.dtype))
+    # values made for another shape.
+    places = _places(z)
+    unit = FAR if jnp.issubdtype(places.dtype, jnp.floating) else 1
+    away = jnp.abs(lax.optimization_barrier(unit * places) - unit * y[..., None].astype(places.dtype))
+    return away.astype(compute_dtype(z.dtype)) * (FAR / unit)
 
 
 def _places(z: Array) -> Array:
@@ -59,11 +69,12 @@ def _places(z: Array) -> Array:
 def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     """z_y, with the class axis kept; infinite if it is the largest number."""
     if _whole(x, classes):
-        z_y = finite(adjust(jnp.take_along_axis(x, y[..., None], -1, mode="clip")))
+        row, place = (x, y) if (folds := _folds(x, y, classes)) is None else (folds.own, folds.fold)
+        z_y = finite(adjust(jnp.take_along_axis(row, place[..., None], -1, mode="clip")))
     else:
         # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
         # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
-        z_y = classes.sum(finite(adjust(x)) * (1 - but_label(x, y) / 2))
+        z_y = classes.sum(finite(adjust(x)) * (1 - jnp.minimum(_distance(x, y), 1)))
     largest = float(jnp.finfo(z_y.dtype).max)
     return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
 
@@ -73,24 +84,43 @@ def _whole(x: Array, classes: Classes) -> bool:
     return classes.axis_name is None and not jax.typeof(x).sharding.spec[-1]
 
 
-def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
-    """The sum of eᶻ but at the label.
+class Folds(NamedTuple):
+    """Rows, folded, and where the label is there."""
 
-    On CPU a mask adds half to the time of a sum, and more than doubles it in rows of more than 2¹⁵. So a row is folded,
-    at least four times: the sum across the folds needs none, but only what comes of it, and the label's place in each.
+    row: Array  # (..., folds, places)
+    place: Array
+    fold: Array
+    own: Array  # (..., folds): what is at the label's place in each fold
+
+
+def _folds(x: Array, y: Array, classes: Classes) -> Folds | None:
+    """Long rows, folded at least four times.
+
+    On CPU to leave out the label adds half to the time of a sum, and multiplies it in rows of more than 2¹⁵. The sum
+    across the folds need not leave it out, but only what comes of it, and the label's place in each.
     Logits of 16 bits only in such rows: XLA of JAX 0.10 takes twice as long to sum them across folds.
     """
     count = x.shape[-1]
-    worth = isinstance(count, int) and (x.dtype == compute_dtype(x.dtype) or count > 2**15) and _whole(x, classes)
-    folds = next((n for n in range(4, count // 256 + 1) if count % n == 0), None) if worth else None
+    least = 2**13 if x.dtype == compute_dtype(x.dtype) else 2**15 + 1
+    if not (isinstance(count, int) and count >= least and _whole(x, classes)):  # it may be symbolic
+        return None
+    folds = next((n for n in range(4, count // 256 + 1) if count % n == 0), None)
     if folds is None:
-        return classes.sum(jnp.exp(adjust(x)) * but_label(x, y)) / 2
-    folded = x.reshape(*x.shape[:-1], folds, count // folds)
-    place, fold = y % folded.shape[-1], y // folded.shape[-1]
-    own = jnp.take_along_axis(folded, place[..., None, None], -1, mode="clip")[..., 0]
-    across = jnp.sum(jnp.exp(adjust(folded)), -2)
-    at_place = jnp.sum(jnp.exp(adjust(own)) * but_label(own, fold), -1, keepdims=True)
-    return (jnp.sum(across * but_label(across, place), -1, keepdims=True) + at_place) / 2
+        return None
+    row = x.reshape(*x.shape[:-1], folds, count // folds)
+    place, fold = y % row.shape[-1], y // row.shape[-1]
+    return Folds(row, place, fold, jnp.take_along_axis(row, place[..., None, None], -1, mode="clip")[..., 0])
+
+
+def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
+    """The sum of eᶻ but at the label."""
+    folds = _folds(x, y, classes)
+    if folds is None:
+        return classes.sum(but_label(jnp.exp(adjust(x)), y))
+    row, place, fold, own = folds
+    across = jnp.sum(jnp.exp(adjust(row)), -2)
+    at_place = jnp.sum(but_label(jnp.exp(adjust(own)), fold), -1, keepdims=True)
+    return jnp.sum(but_label(across, place), -1, keepdims=True) + at_place
 
 
 def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
@@ -107,7 +137,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
         z = adjust(x)
         peak = finite(classes.max(z))
         # The minimum changes +inf alone.
-        others = classes.sum(jnp.exp(at_most(peak, z) - peak) * but_label(z, y)) / 2
+        others = classes.sum(but_label(jnp.exp(at_most(peak, z) - peak), y))
         return LabelSums(peak, jnp.exp(at_most(peak, z_y) - peak), others)
 
     if classes.lean:
@@ -118,7 +148,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
     largest = float(jnp.finfo(others.dtype).max)
     root = exp(jnp.minimum(-z_y / 2, math.floor(math.log(largest) - 0.5)))
     about_z_y = (others * root) * root
-    in_range = (others > 2.0**-80) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
+    in_range = (others > 2.0**-80) & (others < FAR) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
     if live is not None:
         in_range |= ~live[..., None]
     return z_y, unless_all(in_range, about_maximum, about_label, x, y, z_y, about_z_y)
@@ -170,6 +200,11 @@ def _label_losses_fwd(
 
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, total = residuals
+    # Where nothing is to be done with the cotangent but to return it, and the gather here is that of the loss.
+    many = class_count(x, (x.ndim - 1,)) >= 2**5
+    last = x.dtype == compute_dtype(x.dtype) and weights is None and adjust == Adjustment(None, None)
+    apart = last and not (classes.lean or classes.axis_name or any(jax.typeof(x).sharding.spec)) and many
+    impossible = label_logit(x, adjust, y, classes) == -jnp.inf if apart else None
     if not classes.lean:
         # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed. But in
         # second derivatives it then also keeps probabilities twice.
@@ -180,7 +215,7 @@ def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
         x = jnp.where(live[..., None], x, 0)
         total = Total(*(jnp.where(live[..., None], a, 1) for a in total))
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
-    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, total, cotangents[0], classes)
+    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, total, cotangents[0], classes, impossible)
     if weights is not None and weights_bar is not None:
         if varying(weights_bar) != varying(weights):
             weights_bar = lax.psum(weights_bar, tuple(varying(weights_bar) - varying(weights)))
@@ -203,8 +238,13 @@ def logit_cotangent(
     total: Total,
     g: Losses,
     classes: Classes,
+    impossible: Array | None = None,
 ) -> tuple[Array, Array | None]:
-    """The cotangents of the logits and of the weights."""
+    """The cotangents of the logits and of the weights.
+
+    To choose between the label's entry and the others takes a tenth of the time of the kernel; to write it afterwards
+    takes none, unless that is a pass of its own. It is done where `impossible` says which rows' label has no class.
+    """
     # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count.
     if live is not None:
         g = Losses(*(jnp.where(live, a, 0) for a in g))
@@ -214,11 +254,15 @@ def logit_cotangent(
         g_each = g_uniform / count
         g_lse = g_lse + g_each * weight_sum
     p = _probabilities(classes, z, total)
+    z_bar = (g_nll + g_lse) * p
+    at_label = g_lse * jnp.exp(-nll) - g_nll * _complement(nll)
+    exists, weights_bar = z != -jnp.inf, None
+    if impossible is not None:
+        return _with(jnp.where(exists, z_bar, 0), y, jnp.where(impossible, 0, at_label)), None
     # Nor is it to keep the distances.
     places = _places(z)
     here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
-    z_bar = jnp.where(here, g_lse * jnp.exp(-nll) - g_nll * _complement(nll), (g_nll + g_lse) * p)
-    exists, weights_bar = z != -jnp.inf, None
+    z_bar = jnp.where(here, at_label, z_bar)
     if weights is not None:
         z_bar = z_bar - g_each * at_each
         log_p = _log_probabilities(classes, z, total)
@@ -227,6 +271,15 @@ def logit_cotangent(
         weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
     # What does not exist has no derivative, whatever its row's loss is.
     return jnp.where(exists, z_bar, 0), weights_bar
+
+
+def _with(z: Array, y: Array, at_label: Array) -> Array:
+    """`z` with another entry at each label."""
+    last, batch = (z.ndim - 1,), tuple(range(z.ndim - 1))
+    numbers = lax.ScatterDimensionNumbers((), last, last, batch, batch)
+    return lax.scatter(
+        z, y[..., None], at_label[..., 0], numbers, indices_are_sorted=True, unique_indices=True, mode="clip"
+    )
 
 
 @jax.custom_jvp

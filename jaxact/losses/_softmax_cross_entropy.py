@@ -75,8 +75,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     Derivative:
         (1 − ε) w_y (p − 1[y]) + ε/K (p Σ w − w) + 2·z_loss·(log Σ e^z) p, where the entry at the label is minus the sum
-        of the others and not p_y − 1. Reverse mode keeps `logits`, and of each example four numbers and whether its
-        label exists.
+        of the others and not p_y − 1. Reverse mode keeps `logits`, or with a temperature their distances from the
+        maximum, in float32; and of each example four numbers and whether its label exists.
 
     Numerics:
         log1p of the sum over all classes but the label's. So the loss keeps its digits when it is small: with logits
@@ -211,8 +211,8 @@ def softmax_cross_entropy(
         ValueError: if shapes do not fit, `axis` is out of range, or an option that is not traced is out of its range.
 
     Derivative:
-        p Σ q − q with q the smoothed and weighted labels of the classes that are possible; of the labels, −w log p, and
-        0 where a class is impossible, because its logit is −inf or another's +inf.
+        p Σ q − q with q the smoothed and weighted labels of the classes that exist; of the labels, −w log p, and 0
+        where a class is impossible, because its logit is −inf or another's +inf.
         Reverse mode keeps `logits` and `labels` as they are, and up to three numbers for each example; with a mask or
         options q instead of `labels`, and adjusted logits in float32.
 
