@@ -383,8 +383,59 @@ def test_arguments_that_are_divided_otherwise_than_the_logits(name: str, on_eigh
     assert on_eight_devices(program.replace("NAME", name)).strip() == "agreed"
 
 
+def test_labels_that_are_divided_where_the_logits_are_constant(on_eight_devices: Callable[..., str]) -> None:
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, PartitionSpec as P
+        from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
+        x, y = jnp.float32(np.random.default_rng(0).normal(size=(64, 40))), jnp.arange(128) % 40
+        run = lambda y: loss(x, y)  # so many that there is a branch, whose two ways must be of one type
+        mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+        got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))(y)
+        np.testing.assert_allclose(got, jnp.concatenate([run(y[:64]), run(y[64:])]), rtol=8 * 2**-24)  # fused otherwise
+        print("agreed")
+    """
+    assert on_eight_devices(program).strip() == "agreed"
+
+
+@pytest.mark.parametrize("classes", [31, 32, 40, 8192])
+def test_the_label_among_many_classes(classes: int) -> None:
+    # From 32 on its entry of the gradient is written after the others, and from 8192 on rows are folded.
+    x = np.random.default_rng(0).normal(size=(9, classes)).astype(np.float32) * 3
+    y = np.array([0, classes - 1, 1, 2, 3, 4, classes, 5, 7])
+    x[1] += 80  # e^x is more than may be summed as it is
+    x[2, 5], x[3, 2], x[4] = INF, INF, -INF
+    x[5, 0] = NAN
+    x[7, ::2], x[8, 7] = -INF, 40
+    labels = jax.nn.one_hot(y, classes)  # a row of zeros for the one that does not exist
+    live = np.array([True] * 6 + [False] + [True] * 2)
+
+    def derivatives(loss: Any) -> Any:
+        def total(x: Any) -> Any:
+            return (jnp.where(live, loss(x), 0) * jnp.arange(1.0, 10.0)).sum()
+
+        slope, second = jax.jvp(jax.grad(total), (x,), (np.cos(x0),))
+        return loss(x), slope, second, jax.jvp(loss, (x,), (np.cos(x0),))[1]
+
+    x0 = np.nan_to_num(x, posinf=1, neginf=1)
+    want = derivatives(lambda x: dense_loss(x, labels))
+    for transform in (lambda f: f, jax.jit, jax.vmap):
+        got = derivatives(lambda x, t=transform: t(integer_loss)(x, jnp.asarray(y)))
+        for a, b in zip(got, want, strict=True):
+            a, b = np.asarray(a)[live], np.asarray(b)[live]
+            # Either way some ten roundings of each, and of the sums of products in the second derivative.
+            np.testing.assert_allclose(a, b, rtol=32 * U, atol=64 * U * np.nanmax(np.where(np.isfinite(b), abs(b), 0)))
+        value, slope, *_ = got
+        assert np.isnan(value[6])
+        np.testing.assert_array_equal(np.isnan(slope).all(-1), (np.arange(9) == 5) | (np.arange(9) == 6))
+    # A label whose class does not exist has no derivative, and the others have theirs.
+    alone = jax.grad(lambda x: integer_loss(x, 0))(x[7])
+    assert alone[0] == 0
+    np.testing.assert_allclose(alone[1:].sum(), 1, rtol=32 * U)
+
+
 def test_no_rows_of_many_classes() -> None:
-    x, y = jnp.zeros((0, 1024)), jnp.zeros(0, int)  # so many that a row is folded
+    x, y = jnp.zeros((0, 8192)), jnp.zeros(0, int)  # so many that a row is folded
     value, gradient = jax.value_and_grad(lambda x: losses.softmax_cross_entropy_with_integer_labels(x, y).sum())(x)
     assert value == 0
     assert gradient.shape == x.shape

@@ -21,7 +21,18 @@ from jaxact._canonical import (
     require_arrays,
     static_axis,
 )
-from jaxact._classes import AxisName, Classes, alike, as_divided, at_index, label_index, not_ignored, static_axis_name
+from jaxact._classes import (
+    AxisName,
+    Classes,
+    alike,
+    as_divided,
+    at_index,
+    label_index,
+    not_ignored,
+    static_axis_name,
+    vary,
+    varying,
+)
 from jaxact._cross_entropy import label_losses
 from jaxact._logsumexp import logsumexp
 from jaxact._options import Adjustment, Options, square_of, times
@@ -131,6 +142,7 @@ def _of_integers(
         live = not_ignored(labels, ignore_index) if live is None else live & not_ignored(labels, ignore_index)
     dtype = compute_dtype(x.dtype)
     options = options.in_dtype(dtype)
+    x = vary(x, varying(labels))  # they may be constant where the labels are not
     y, exists = label_index(labels, x.shape[-1], axis_name)
     weights = options.weights(x.shape[-1], dtype)
     if weights is not None and any(jax.typeof(weights).sharding.spec):
