@@ -200,11 +200,11 @@ def _label_losses_fwd(
 
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, total = residuals
-    # Where nothing is to be done with the cotangent but to return it, and the gather here is that of the loss.
-    many = class_count(x, (x.ndim - 1,)) >= 2**5
+    # The label's entry is written afterwards where the result is then returned as it is, and each row on one device.
     last = x.dtype == compute_dtype(x.dtype) and weights is None and adjust == Adjustment(None, None)
-    apart = last and not (classes.lean or classes.axis_name or any(jax.typeof(x).sharding.spec)) and many
-    impossible = label_logit(x, adjust, y, classes) == -jnp.inf if apart else None
+    local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
+    apart = last and local and not classes.lean and class_count(x, (x.ndim - 1,)) >= 2**5
+    impossible = label_logit(x, adjust, y, classes) == -jnp.inf if apart else None  # the gather is that of the loss
     if not classes.lean:
         # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed. But in
         # second derivatives it then also keeps probabilities twice.
@@ -242,8 +242,8 @@ def logit_cotangent(
 ) -> tuple[Array, Array | None]:
     """The cotangents of the logits and of the weights.
 
-    To choose between the label's entry and the others takes a tenth of the time of the kernel; to write it afterwards
-    takes none, unless that is a pass of its own. It is done where `impossible` says which rows' label has no class.
+    To choose between the label's entry and the others takes a tenth of the kernel's time on CPU. To write it afterwards
+    takes none, if no other pass follows: so it is done where it is known which rows' label is `impossible`.
     """
     # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count.
     if live is not None:
@@ -259,7 +259,7 @@ def logit_cotangent(
     exists, weights_bar = z != -jnp.inf, None
     if impossible is not None:
         return _with(jnp.where(exists, z_bar, 0), y, jnp.where(impossible, 0, at_label)), None
-    # Nor is it to keep the distances.
+    # Behind a barrier, or XLA would keep the distances of the sum.
     places = _places(z)
     here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
     z_bar = jnp.where(here, at_label, z_bar)
