@@ -141,10 +141,20 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
     if class_by_class(x, axis):
         others = sum_but_largest(lambda a: exponentials(a, shift, t, ()), wide, axis)
         return RowSums(peak, others + exponentials(top, shift, t, ()), others / at_peak)
-    weight = but_maximum(wide, peak, axis)
-    others = jnp.sum(exponentials(wide, shift, t, axis) * weight, axis) / 2
-    ties = jnp.sum(2 - weight, axis) / 2  # exact, however many others there are
+    e = exponentials(wide, shift, t, axis)
+    others, ties = sum_below_maximum(e, wide, peak, axis, lambda a: jnp.sum(a, axis))
     return RowSums(peak, others + ties * at_peak, others / at_peak + jnp.maximum(ties - 1, 0))
+
+
+def sum_below_maximum(
+    e: Array, x: Array, peak: Array, axis: Axes, total: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """The `total` of e where the maximum is not attained, and the number of classes that attain it.
+
+    That number is exact, however many others there are.
+    """
+    weight = but_maximum(x, peak, axis)
+    return total(e * weight) / 2, total(2 - weight) / 2
 
 
 def but_maximum(x: Array, peak: Array, axis: Axes) -> Array:

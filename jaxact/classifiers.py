@@ -108,9 +108,9 @@ def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Arr
         >>> [i + 1 for i in jnp.flatnonzero(multilabel(p, 0.3)).tolist()]
         [3, 4, 7, 8, 10]
     """
-    as_float("probabilities", probabilities), as_float("threshold", threshold)  # for the errors
-    p = jnp.asarray(probabilities)
-    t = jnp.asarray(threshold, p.dtype if jnp.issubdtype(p.dtype, jnp.floating) else None)
+    p = as_float("probabilities", probabilities)
+    as_float("threshold", threshold)  # for its errors: its result, rounded again, might be another
+    t = jnp.asarray(threshold, p.dtype)
     try:
         np.broadcast_shapes(p.shape, t.shape)
     except ValueError:

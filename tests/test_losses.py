@@ -1,7 +1,6 @@
 """The losses against float64 and mpmath: values, derivatives, options, policies and errors."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -340,64 +339,6 @@ def test_the_dense_loss_keeps_16_bits_of_16(dtype: str) -> None:
     assert verify.residuals(lambda q: dense_loss(x, q), q).facts["bytes"] <= x.nbytes + 3 * 4 * 8
 
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "binary", "weighted binary", "focal"])
-def test_arguments_that_are_divided_otherwise_than_the_logits(name: str, on_eight_devices: Callable[..., str]) -> None:
-    # A rule must return cotangents that are divided over the devices as its arguments are: a constant is not at all.
-    program = """
-        import jax, jax.numpy as jnp, numpy as np, jaxact
-        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from jaxact import losses
-        rng = np.random.default_rng(0)
-        x, y = np.float32(rng.normal(size=(8, 4))), np.float32(rng.uniform(size=(8, 4)))
-        binary, focal, row = losses.sigmoid_binary_cross_entropy, losses.sigmoid_focal_loss, jnp.arange(4.0)
-        functions = {
-            "softmax": lambda c, x, y: jaxact.softmax(x, temperature=c) * y,
-            "log_softmax": lambda c, x, y: jaxact.log_softmax(x, temperature=c) * y,
-            "logsumexp": lambda c, x, y: jaxact.logsumexp(x, -1, b=c * row),
-            "binary": lambda c, x, y: binary(x, 1.0, pos_weight=c),
-            "weighted binary": lambda c, x, y: binary(x, y, pos_weight=c * row),
-            "focal": lambda c, x, y: focal(x, jnp.ones(4), alpha=c / 4, gamma=c),
-        }
-
-        def derivatives(f):
-            def run(c, x, y):
-                total = lambda c, x: f(c, x, y).sum()
-                return f(c, x, y), jax.jvp(lambda x: f(c, x, y), (x,), (y,))[1], *jax.grad(total, (1, 0))(c, x)
-            return run
-
-        explicit = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Explicit,))
-        auto = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
-        run, c = derivatives(functions["NAME"]), jnp.float32(2)
-        want = jax.jit(run)(c, x, y)
-        split = (P("rows"), P("rows"), P("rows"), P())
-        by_hand = jax.shard_map(run, mesh=auto, in_specs=(P(), P("rows"), P("rows")), out_specs=split)
-        results = [jax.jit(by_hand)(c, x, y)]
-        with jax.set_mesh(explicit):
-            put = lambda a: jax.device_put(a, NamedSharding(explicit, P("rows", None)))
-            results.append(jax.jit(run)(c, put(x), put(y)))
-        for got in results:
-            for a, b in zip(got, want, strict=True):
-                np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-6, atol=2e-6)  # sums in another order
-        print("agreed")
-    """
-    assert on_eight_devices(program.replace("NAME", name)).strip() == "agreed"
-
-
-def test_labels_that_are_divided_where_the_logits_are_constant(on_eight_devices: Callable[..., str]) -> None:
-    program = """
-        import jax, jax.numpy as jnp, numpy as np
-        from jax.sharding import AxisType, PartitionSpec as P
-        from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
-        x, y = jnp.float32(np.random.default_rng(0).normal(size=(64, 40))), jnp.arange(128) % 40
-        run = lambda y: loss(x, y)  # so many that there is a branch, whose two ways must be of one type
-        mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
-        got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))(y)
-        np.testing.assert_allclose(got, jnp.concatenate([run(y[:64]), run(y[64:])]), rtol=8 * 2**-24)  # fused otherwise
-        print("agreed")
-    """
-    assert on_eight_devices(program).strip() == "agreed"
-
-
 @pytest.mark.parametrize("classes", [31, 32, 40, 8192])
 def test_the_label_among_many_classes(classes: int) -> None:
     # From 32 on its entry of the gradient is written after the others, and from 8192 on rows are folded.
@@ -421,10 +362,12 @@ def test_the_label_among_many_classes(classes: int) -> None:
     want = derivatives(lambda x: dense_loss(x, labels))
     for transform in (lambda f: f, jax.jit, jax.vmap):
         got = derivatives(lambda x, t=transform: t(integer_loss)(x, jnp.asarray(y)))
-        for a, b in zip(got, want, strict=True):
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
             a, b = np.asarray(a)[live], np.asarray(b)[live]
-            # Either way some ten roundings of each, and of the sums of products in the second derivative.
-            np.testing.assert_allclose(a, b, rtol=32 * U, atol=64 * U * np.nanmax(np.where(np.isfinite(b), abs(b), 0)))
+            # Either way some ten roundings, and as much again where a distance from the maximum, up to 64, is rounded
+            # before its exponential. The loss and its gradient are sums of one sign, so that nothing is added to them;
+            # in sums of products with a tangent of either sign, up to 1, the rows' weights, up to 9, count.
+            np.testing.assert_allclose(a, b, rtol=64 * U, atol=LOST["float32"] if i < 2 else 9 * 32 * U)
         value, slope, *_ = got
         assert np.isnan(value[6])
         np.testing.assert_array_equal(np.isnan(slope).all(-1), (np.arange(9) == 5) | (np.arange(9) == 6))

@@ -1,0 +1,149 @@
+"""What a row's logits come to, seen from its label: the label's logit, and the sum over all the other classes.
+
+Rows have their classes on the last axis, whole or split over devices.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxact._canonical import compute_dtype
+from jaxact._classes import Classes
+from jaxact._elementary import exp
+from jaxact._exponentials import at_most, finite, unless_all
+from jaxact._options import Adjustment
+
+
+class Total(NamedTuple):
+    """Σ e^{z − c} of a row's logits z; arrays of the row's shape with one class."""
+
+    shift: Array  # c, finite
+    sum: Array  # at least 1, but for a row in which no class is left: there it would be 0
+
+
+class LabelSums(NamedTuple):
+    """What a row's logits z come to, seen from its label y; arrays of the row's shape with one class."""
+
+    shift: Array  # c, finite, such that e^{zⱼ − c} is in range
+    at_label: Array  # e^{z_y − c}
+    others: Array  # Σ e^{zⱼ − c} over the classes j ≠ y
+
+    @property
+    def total(self) -> Total:
+        return Total(self.shift, jnp.maximum(self.at_label + self.others, 1))
+
+
+FAR = 2.0**100  # times the number of classes, it does not overflow
+
+
+def but_label(e: Array, y: Array) -> Array:
+    """`e` from 0 to `FAR`, with 0 at the label, by three operations. (By booleans, XLA for CPU does not vectorise.)"""
+    return at_most(_distance(e, y), e)
+
+
+def _distance(z: Array, y: Array) -> Array:
+    """0 at the label, `FAR` or more at every other class."""
+    # Behind a barrier the places are an operand: an iota inside of a kernel that sums may, in XLA of JAX 0.12, get
+    # values made for another shape.
+    places = places_of(z)
+    unit = FAR if jnp.issubdtype(places.dtype, jnp.floating) else 1
+    away = jnp.abs(lax.optimization_barrier(unit * places) - unit * y[..., None].astype(places.dtype))
+    return away.astype(compute_dtype(z.dtype)) * (FAR / unit)
+
+
+def places_of(z: Array) -> Array:
+    # Beyond 2²⁴ not every whole number is a float32. One row: JAX moves out of a loop what is the same in every step,
+    # and then keeps it.
+    count = z.shape[-1]
+    few = isinstance(count, int) and count <= 2**24  # it may be symbolic
+    return jnp.arange(count, dtype=compute_dtype(z.dtype) if few else jnp.int32)
+
+
+def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
+    """z_y, with the class axis kept; infinite if it is the largest number."""
+    if _whole(x, classes):
+        row, place = (x, y) if (folds := _folds(x, y, classes)) is None else (folds.own, folds.fold)
+        z_y = finite(adjust(jnp.take_along_axis(row, place[..., None], -1, mode="clip")))
+    else:
+        # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
+        # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
+        z_y = classes.sum(finite(adjust(x)) * (1 - jnp.minimum(_distance(x, y), 1)))
+    largest = float(jnp.finfo(z_y.dtype).max)
+    return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
+
+
+def _whole(x: Array, classes: Classes) -> bool:
+    """Whether the classes are split neither by hand nor over the explicit axes of a mesh."""
+    return classes.axis_name is None and not jax.typeof(x).sharding.spec[-1]
+
+
+class Folds(NamedTuple):
+    """Rows, folded, and where the label is there."""
+
+    row: Array  # (..., folds, places)
+    place: Array
+    fold: Array
+    own: Array  # (..., folds): what is at the label's place in each fold
+
+
+def _folds(x: Array, y: Array, classes: Classes) -> Folds | None:
+    """Long rows, folded at least four times. (Who asks again is given the same: XLA finds what is in it once.)
+
+    On CPU to leave out the label adds half to the time of a sum, and multiplies it in rows of more than 2¹⁵. The sum
+    across the folds need not leave it out, but only what comes of it, and the label's place in each.
+    Logits of 16 bits only in such rows: XLA of JAX 0.10 takes twice as long to sum them across folds.
+    """
+    count = x.shape[-1]
+    least = 2**13 if x.dtype == compute_dtype(x.dtype) else 2**15 + 1
+    if not (isinstance(count, int) and count >= least and _whole(x, classes)):  # it may be symbolic
+        return None
+    if (folds := next((n for n in range(4, count // 256 + 1) if count % n == 0), None)) is None:
+        return None
+    row = x.reshape(*x.shape[:-1], folds, count // folds)
+    place, fold = y % row.shape[-1], y // row.shape[-1]
+    return Folds(row, place, fold, jnp.take_along_axis(row, place[..., None, None], -1, mode="clip")[..., 0])
+
+
+def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
+    """The sum of eᶻ but at the label."""
+    folds = _folds(x, y, classes)
+    if folds is None:
+        return classes.sum(but_label(jnp.exp(adjust(x)), y))
+    row, place, fold, own = folds
+    across = jnp.sum(jnp.exp(adjust(row)), -2)
+    at_place = jnp.sum(but_label(jnp.exp(adjust(own)), fold), -1, keepdims=True)
+    return jnp.sum(but_label(across, place), -1, keepdims=True) + at_place
+
+
+def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
+    """z_y and the sums. Rows that are not `live` do not matter and may hold anything.
+
+    What a gather or a branch is given is written to memory: logits as they are, which may have 16 bits.
+    """
+    z_y = label_logit(x, adjust, y, classes)
+
+    def about_label(x: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+        return LabelSums(finite(z_y), jnp.ones_like(z_y), others)
+
+    def about_maximum(x: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+        z = adjust(x)
+        peak = finite(classes.max(z))
+        # The minimum changes +inf alone.
+        others = classes.sum(but_label(jnp.exp(at_most(peak, z) - peak), y))
+        return LabelSums(peak, jnp.exp(at_most(peak, z_y) - peak), others)
+
+    if classes.lean:
+        return z_y, about_maximum(x, y, z_y, z_y)
+    # To sum the exponentials as they are takes no maximum and rounds no logit. Divided by the label's they are what is
+    # wanted, unless they overflow, or so little is left that what was flushed counts.
+    others = _others(x, adjust, y, classes)
+    largest = float(jnp.finfo(others.dtype).max)
+    root = exp(jnp.minimum(-z_y / 2, math.floor(math.log(largest) - 0.5)))
+    about_z_y = (others * root) * root
+    in_range = (others > 2.0**-80) & (others < FAR) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
+    if live is not None:
+        in_range |= ~live[..., None]
+    return z_y, unless_all(in_range, about_maximum, about_label, x, y, z_y, about_z_y)

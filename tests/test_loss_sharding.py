@@ -1,0 +1,63 @@
+"""The losses and functions of rows where their arguments are divided over devices, each in another way."""
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "binary", "weighted binary", "focal"])
+def test_arguments_that_are_divided_otherwise_than_the_logits(name: str, on_eight_devices: Callable[..., str]) -> None:
+    # A rule must return cotangents that are divided over the devices as its arguments are: a constant is not at all.
+    program = """
+        import jax, jax.numpy as jnp, numpy as np, jaxact
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from jaxact import losses
+        rng = np.random.default_rng(0)
+        x, y = np.float32(rng.normal(size=(8, 4))), np.float32(rng.uniform(size=(8, 4)))
+        binary, focal, row = losses.sigmoid_binary_cross_entropy, losses.sigmoid_focal_loss, jnp.arange(4.0)
+        functions = {
+            "softmax": lambda c, x, y: jaxact.softmax(x, temperature=c) * y,
+            "log_softmax": lambda c, x, y: jaxact.log_softmax(x, temperature=c) * y,
+            "logsumexp": lambda c, x, y: jaxact.logsumexp(x, -1, b=c * row),
+            "binary": lambda c, x, y: binary(x, 1.0, pos_weight=c),
+            "weighted binary": lambda c, x, y: binary(x, y, pos_weight=c * row),
+            "focal": lambda c, x, y: focal(x, jnp.ones(4), alpha=c / 4, gamma=c),
+        }
+
+        def derivatives(f):
+            def run(c, x, y):
+                total = lambda c, x: f(c, x, y).sum()
+                return f(c, x, y), jax.jvp(lambda x: f(c, x, y), (x,), (y,))[1], *jax.grad(total, (1, 0))(c, x)
+            return run
+
+        explicit = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Explicit,))
+        auto = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+        run, c = derivatives(functions["NAME"]), jnp.float32(2)
+        want = jax.jit(run)(c, x, y)
+        split = (P("rows"), P("rows"), P("rows"), P())
+        by_hand = jax.shard_map(run, mesh=auto, in_specs=(P(), P("rows"), P("rows")), out_specs=split)
+        results = [jax.jit(by_hand)(c, x, y)]
+        with jax.set_mesh(explicit):
+            put = lambda a: jax.device_put(a, NamedSharding(explicit, P("rows", None)))
+            results.append(jax.jit(run)(c, put(x), put(y)))
+        for got in results:
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-6, atol=2e-6)  # sums in another order
+        print("agreed")
+    """
+    assert on_eight_devices(program.replace("NAME", name)).strip() == "agreed"
+
+
+def test_labels_that_are_divided_where_the_logits_are_constant(on_eight_devices: Callable[..., str]) -> None:
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, PartitionSpec as P
+        from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
+        x, y = jnp.float32(np.random.default_rng(0).normal(size=(64, 40))), jnp.arange(128) % 40
+        run = lambda y: loss(x, y)  # so many that there is a branch, whose two ways must be of one type
+        mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+        got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("rows"), out_specs=P("rows")))(y)
+        np.testing.assert_allclose(got, jnp.concatenate([run(y[:64]), run(y[64:])]), rtol=8 * 2**-24)  # fused otherwise
+        print("agreed")
+    """
+    assert on_eight_devices(program).strip() == "agreed"
