@@ -7,7 +7,6 @@ import math
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def status(*argv: Any) -> int:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two functions at small shapes in one dtype, few rounds, and no processes for the cores."""
+    """Two functions at small shapes in one dtype, few rounds."""
     monkeypatch.setattr(subjects, "DTYPES", ("float32",))
     monkeypatch.setattr(subjects, "beside_tokamax", dict)
     small = {n: dataclasses.replace(subjects.SUBJECTS[n], shapes=subjects.Shapes(s, s)) for n, s in TINY.items()}
@@ -51,7 +50,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "IMPORTS", {"quick": 1, "full": 1})
     monkeypatch.setattr(measure, "LEAST", 0)
     monkeypatch.setattr(measure, "LENGTHY", 0)
-    monkeypatch.setattr(bench, "_restricted", lambda to: ThreadPoolExecutor(1))
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -281,18 +279,26 @@ def test_the_figure_says_the_point() -> None:
     assert "Only arrays below 64 KiB were measured" in texts(made_up(bytes=4))
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be restricted to cores here")
-def test_a_process_is_restricted() -> None:
-    core = min(os.sched_getaffinity(0))
-    with bench._restricted({core}) as pool:
-        assert pool.submit(os.sched_getaffinity, 0).result() == {core}
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads cannot be kept to a core here")
+def test_the_speedup_is_of_all_threads_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: every | {1000})  # more than one, on any machine
+    kept: list[tuple[int, set[int]]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *call: kept.append(call))
+    found = measure.speedup("softmax", (8,), 0)
+    assert found is not None
+    assert found > 0
+    threads = {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
+    one = {min(every)}
+    assert {thread for thread, cores in kept if cores == one} >= threads
+    assert [cores for _, cores in kept[-len(threads) :]] == [every | {1000}] * len(threads)
 
 
-def test_cores_that_cannot_be_restricted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
-    assert bench._speedup(["softmax"], 0, lambda: None) is None
-    assert "Cores: this system cannot restrict a process to one" in report._scaling(outcome(speedup=None))
-    assert report._scaling(outcome(speedup=None, cores=1)) == "Cores: there is only one"
+def test_cores_whose_speedup_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: {0}, raising=False)
+    assert measure.speedup("softmax", (8,), 0) is None
+    assert "Cores: this system cannot keep threads to one" in report._scaling(outcome(speedup={}))
+    assert report._scaling(outcome(speedup={}, cores=1)) == "Cores: there is only one"
 
 
 def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> None:

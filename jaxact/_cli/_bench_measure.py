@@ -4,13 +4,16 @@ A ratio is the median over rounds of one call's time over another's in the same 
 down for a while slows both. Its spread is half the distance between the quartiles, relative to it.
 """
 
+import contextlib
 import functools
 import itertools
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -192,11 +195,24 @@ def importing(repeats: int) -> tuple[float, float]:
     return float(jax_alone), float(more)
 
 
-def seconds_of(name: str, shape: Shape, seconds: float) -> float:
-    """The time of value and gradient in float32, to compare between processes with more and fewer cores."""
+def speedup(name: str, shape: Shape, seconds: float) -> float | None:
+    """By how much all cores are faster than one, at value and gradient in float32; None where that is not known."""
+    threads = Path("/proc/self/task")  # of Linux, where each thread of the process has a number
+    if not threads.exists() or len(every := os.sched_getaffinity(0)) == 1:
+        return None
     subject = SUBJECTS[name]
     arguments = subject.arguments(shape, "float32")
-    call = functools.partial(
-        jax.jit(_with_gradient(subject.ours, subject.count)), _cotangent(subject, arguments), *arguments
-    )
-    return float(np.median(in_turns({"ours": call}, seconds)["ours"]))
+    compiled = jax.jit(_with_gradient(subject.ours, subject.count))
+    call = functools.partial(compiled, _cotangent(subject, arguments), *arguments)
+
+    def on(cores: set[int]) -> Any:
+        for thread in threads.iterdir():
+            with contextlib.suppress(ProcessLookupError):  # it may have ended
+                os.sched_setaffinity(int(thread.name), cores)
+        return call()
+
+    try:
+        times = in_turns({"one": lambda: on({min(every)}), "every": lambda: on(every)}, seconds)
+    finally:
+        on(every)
+    return ratio(times["one"], times["every"]).ratio

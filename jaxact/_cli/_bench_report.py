@@ -35,7 +35,7 @@ class Outcome:
     cells: list[Cell]
     importing: tuple[float, float]  # seconds of import jax, and of import jaxact after it
     cores: int
-    speedup: dict[str, float] | None  # from one core to all; None where a process cannot be restricted
+    speedup: dict[str, float]  # from one core to all; empty where threads cannot be kept to one
     versions: dict[str, str | None] = dataclasses.field(default_factory=lambda: _versions())
     hardware: dict[str, Any] = dataclasses.field(default_factory=lambda: _hardware())
 
@@ -188,8 +188,8 @@ def _keeping(c: Cell) -> float:
 def _scaling(outcome: Outcome) -> str:
     if outcome.cores == 1:
         return "Cores: there is only one"
-    if outcome.speedup is None:
-        return "Cores: this system cannot restrict a process to one, so that the speed-up is not measured"
+    if not outcome.speedup:
+        return "Cores: this system cannot keep threads to one, so that the speed-up is not measured"
     texts = ", ".join(f"{name} {of:.2f}" for name, of in outcome.speedup.items())
     return f"Speed-up of value and gradient from 1 to {outcome.cores} cores: {texts}"
 

@@ -1,13 +1,9 @@
 """`bench`: how fast is jaxact, beside what users have now and beside the limit?"""
 
 import argparse
-import multiprocessing
-import os
-import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +96,9 @@ def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
     """Prints each row of the table when it is measured."""
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from jaxact._cli._bench_measure import importing
+    from jaxact._cli._bench_measure import importing, speedup
     from jaxact._cli._bench_report import Outcome, cores
+    from jaxact._cli._bench_subjects import SUBJECTS
 
     jax.config.update("jax_enable_compilation_cache", False)  # programs found on disk are not compiled
     tasks = _tasks(names, extent)
@@ -117,8 +114,12 @@ def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
         imported = importing(IMPORTS[extent])
         bar.advance(doing)
         bar.update(doing, description="cores")
-        speedup = _speedup(names, SECONDS[extent], lambda: bar.advance(doing))
-    return Outcome(extent == "quick", cells, imported, cores(), speedup)
+        faster: dict[str, float] = {}
+        for name in names:
+            if (times := speedup(name, SUBJECTS[name].shapes.quick[-1], SECONDS[extent])) is not None:
+                faster[name] = times
+            bar.advance(doing)
+    return Outcome(extent == "quick", cells, imported, cores(), faster)
 
 
 def _rows(tasks: list[Task], seconds: float, bar: "Progress", doing: Any, console: "Console") -> Iterator[list["Cell"]]:
@@ -143,33 +144,3 @@ def _line(texts: tuple[str, ...], widths: tuple[int, ...]) -> str:
         f"{text:>{width}}" if width > 0 else f"{text:<{-width}}" for text, width in zip(texts, widths, strict=True)
     ]
     return "  " + "  ".join(parts).rstrip()
-
-
-def _speedup(names: list[str], seconds: float, advance: Callable[[], None]) -> dict[str, float] | None:
-    """From one core to all, of value and gradient at the last of the quick shapes; None where it cannot be measured."""
-    from jaxact._cli._bench_measure import seconds_of
-    from jaxact._cli._bench_subjects import SUBJECTS
-
-    if not hasattr(os, "sched_setaffinity") or len(allowed := os.sched_getaffinity(0)) == 1:
-        return None
-    # JAX starts as many threads as there are cores, once, so that each number of them needs its process.
-    with _restricted({min(allowed)}) as one, _restricted(allowed) as every:
-        found = {}
-        for name in names:
-            # One after the other, or they would take each other's cores.
-            alone, together = (
-                pool.submit(seconds_of, name, SUBJECTS[name].shapes.quick[-1], seconds).result()
-                for pool in (one, every)
-            )
-            found[name] = alone / together
-            advance()
-    return found
-
-
-def _restricted(to: set[int]) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _restrict, (to,))
-
-
-def _restrict(cores: set[int]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is for the parent to report
-    os.sched_setaffinity(0, cores)
