@@ -49,7 +49,7 @@ def exp_and_rest(x: Array) -> tuple[Array, Array]:
 
 
 def exp_of_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """s and p with e^{a + b} = s(1 + p), of a ≤ 0 and a small b; s is 0 where that is not a normal number."""
+    """s and p with e^{a + b} = s(1 + p), of a ≤ 87 and a small b; s is 0 where that is not a normal number."""
     if a.dtype != jnp.float32:
         return jnp.exp(a), b
     k, p = exponent_and_rest(jnp.maximum(a, -88.0))

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes
 from jaxact._elementary import exp
-from jaxact._exponentials import at_most, finite, unless_all
+from jaxact._exponentials import at_most, finite, undominated, unless_all
 from jaxact._options import Adjustment
 
 
@@ -119,24 +119,27 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
 
 
 def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
-    """z_y and the sums. Rows that are not `live` do not matter and may hold anything.
+    """z_y, as it was rounded for the sums, and these. Rows that are not `live` do not matter and may hold anything.
 
     What a gather or a branch is given is written to memory: logits as they are, which may have 16 bits.
     """
     z_y = label_logit(x, adjust, y, classes)
 
-    def about_label(x: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
-        return LabelSums(finite(z_y), jnp.ones_like(z_y), others)
+    def about_label(x: Array, y: Array, z_y: Array, others: Array) -> tuple[Array, LabelSums]:
+        return z_y, LabelSums(finite(z_y), jnp.ones_like(z_y), others)
 
-    def about_maximum(x: Array, y: Array, z_y: Array, others: Array) -> LabelSums:
+    def about_maximum(x: Array, y: Array, z_y: Array, others: Array) -> tuple[Array, LabelSums]:
         z = adjust(x)
         peak = finite(classes.max(z))
         # The minimum changes +inf alone.
         others = classes.sum(but_label(jnp.exp(at_most(peak, z) - peak), y))
-        return LabelSums(peak, jnp.exp(at_most(peak, z_y) - peak), others)
+        # Where no other class attains the maximum, the label's logit is that. A cap may have been rounded otherwise
+        # alone than in a row: XLA for CPU has more than one tanh.
+        z_y = jnp.where(jnp.isfinite(z_y) & ~undominated(others), peak, z_y)
+        return z_y, LabelSums(peak, jnp.exp(at_most(peak, z_y) - peak), others)
 
     if classes.lean:
-        return z_y, about_maximum(x, y, z_y, z_y)
+        return about_maximum(x, y, z_y, z_y)
     # To sum the exponentials as they are takes no maximum and rounds no logit. Divided by the label's they are what is
     # wanted, unless they overflow, or so little is left that what was flushed counts.
     others = _others(x, adjust, y, classes)
@@ -146,4 +149,4 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
     in_range = (others > 2.0**-80) & (others < FAR) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
     if live is not None:
         in_range |= ~live[..., None]
-    return z_y, unless_all(in_range, about_maximum, about_label, x, y, z_y, about_z_y)
+    return unless_all(in_range, about_maximum, about_label, x, y, z_y, about_z_y)

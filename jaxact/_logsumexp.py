@@ -163,6 +163,20 @@ def _counting(a: Array, b: Array, shift: Array) -> Array:
     return jnp.where((b == 0) & jnp.isnan(a), -jnp.inf, jnp.where((b != 0) & (a == jnp.inf), shift, a))
 
 
+@jax.custom_jvp
+def _weighted_exp(b: Array, d: Array) -> Array:
+    """b e^d."""
+    return b * _bounded_exp(d)
+
+
+@_weighted_exp.defjvp
+def _weighted_exp_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # In an order in which a large exponential has met a weight of 0 before it is multiplied by anything.
+    (b, d), (b_dot, d_dot) = primals, tangents
+    product = _weighted_exp(b, d)
+    return product, b_dot * _bounded_exp(d) + product * d_dot
+
+
 def _bounded_exp(d: Array) -> Array:
     """e^d, of which 0 times is 0: where it overflows, a large number and not infinity."""
     most = _most(d)
@@ -190,7 +204,7 @@ def _log_total_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     empty = jnp.isinf(log_total)
     d = jnp.where(empty, -jnp.inf, (a - shift) - jnp.where(empty, 0, log_total))
     b_bar = g * sign * _bounded_exp(d)
-    a_bar = (g * sign * b) * jnp.exp(jnp.where((b == 0) & (d > _most(d) / 2), -jnp.inf, d))
+    a_bar = (g * sign) * _weighted_exp(b, d)
     return a_bar.astype(dtypes[0]), b_bar.astype(dtypes[1]), None
 
 

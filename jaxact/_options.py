@@ -11,6 +11,7 @@ from jaxact._canonical import as_float, canonical_scalar, canonical_temperature,
 from jaxact._classes import Classes
 from jaxact._elementary import polynomial
 from jaxact._exponentials import finite
+from jaxact._sigmoid import sigmoid
 
 
 class Losses(NamedTuple):
@@ -53,14 +54,13 @@ def _capped(x: Array, cap: Array) -> Array:
 def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, cap), (x_dot, cap_dot) = primals, tangents
     u = x / cap
-    # Not 1 − tanh², of which nothing is left where tanh rounds to 1. Beyond the limit sech² is not a normal number.
-    in_range = jnp.abs(u) < math.log(float(jnp.finfo(u.dtype).max)) / 2
-    e = jnp.exp(jnp.where(in_range, u, 0))
-    of_x = jnp.where(in_range, jnp.square(2 / (e + 1 / e)), 0)
+    # tanh u = σ(2u) − σ(−2u), and sech² u is not 1 − tanh², of which nothing is left where tanh rounds to 1.
+    above, below = sigmoid(2 * u), sigmoid(-2 * u)
+    of_x = 4 * above * below
     # tanh u − u sech² u is sech² u (sinh 2u − 2u)/2, of which the series has what the difference cancels.
     near = jnp.abs(u) < 0.5
     v = jnp.where(near, 2 * u, 0)
-    of_cap = jnp.where(near, of_x * v**3 * polynomial(_SINH, v * v) / 2, jnp.tanh(u) - u * of_x)
+    of_cap = jnp.where(near, of_x * v**3 * polynomial(_SINH, v * v) / 2, (above - below) - u * of_x)
     return _capped(x, cap), of_x * x_dot + of_cap * cap_dot
 
 

@@ -125,7 +125,9 @@ def _binary_cross_entropy_bwd(residuals: Any, g: Array) -> tuple[Array, Array, A
     x_bar = g * ((1 - y) * sigmoid(wide) - positive * sigmoid(-wide))
     if weight is None:
         return x_bar.astype(x.dtype), -g * wide, None
-    y_bar = g * (_times(weight, softplus(-wide)) - softplus(wide))
+    # w softplus(−x) − softplus(x), of which little would be left near x = 0. The two differ by x.
+    less = jnp.where(wide < 0, wide, -wide)
+    y_bar = g * (_times(weight - 1, softplus(less)) - jnp.where(wide < 0, _times(weight, wide), wide))
     return x_bar.astype(x.dtype), y_bar, g * _times(y, softplus(-wide))
 
 
@@ -220,7 +222,8 @@ def _power(x: Array, y: Array, gamma: Array) -> tuple[Array, Array]:
     log_part = jnp.where(far == 0, -jnp.minimum(jnp.abs(x), _FAR), log(far + (1 - far) * e))
     (a, of_a), (b, of_b) = product_and_rest(gamma, log_part), product_and_rest(gamma, -log_whole)
     exponent, of_exponent = sum_and_rest(a, b)
-    return exp_of_sum(exponent, of_exponent + ((of_a + of_b) - gamma * of_whole))
+    # At most e⁸⁷: more than 1 for a negative power alone, which has a factor that is as small.
+    return exp_of_sum(jnp.minimum(exponent, 87.0), of_exponent + ((of_a + of_b) - gamma * of_whole))
 
 
 @jax.custom_jvp
@@ -233,8 +236,10 @@ def _focus(x: Array, y: Array, gamma: Array) -> Array:
 @_focus.defjvp
 def _focus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, y, gamma), (x_dot, y_dot, gamma_dot) = primals, tangents
-    focus, (log_q, log_q_dot) = _focus(x, y, gamma), jax.jvp(_log_rest, (x, y), (x_dot, y_dot))
-    return focus, focus * (gamma * log_q_dot) + _times(focus, log_q) * gamma_dot
+    focus, of_logit = _focus(x, y, gamma), gamma * (1 - 2 * y) * _slope_ratio(x, y)
+    # Not the power over q, which may be 0 where this is not.
+    of_label = gamma * _focus(x, y, gamma - 1) * _rest_of_label(x)
+    return focus, focus * of_logit * x_dot + of_label * y_dot + _times(focus, _log_rest(x, y)) * gamma_dot
 
 
 # For y = 0 and 1, log q and its slope are those in which nothing cancels. Their derivatives are written for any y,
@@ -250,7 +255,7 @@ def _log_rest(x: Array, y: Array) -> Array:
 @_log_rest.defjvp
 def _log_rest_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, y), (x_dot, y_dot) = primals, tangents
-    of_label = (sigmoid(-x) - sigmoid(x)) / _positive_rest(x, y)
+    of_label = _rest_of_label(x) / _positive_rest(x, y)
     return _log_rest(x, y), (1 - 2 * y) * _slope_ratio(x, y) * x_dot + of_label * y_dot
 
 
@@ -267,7 +272,17 @@ def _slope_ratio_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, y), (x_dot, y_dot) = primals, tangents
     ratio, p, rest, q = _slope_ratio(x, y), sigmoid(x), sigmoid(-x), _positive_rest(x, y)
     of_logit = y * rest * (rest / q) - (1 - y) * p * (p / q)
-    return ratio, ratio * (of_logit * x_dot - (rest - p) / q * y_dot)
+    return ratio, ratio * (of_logit * x_dot - _rest_of_label(x) / q * y_dot)
+
+
+@jax.custom_jvp
+def _rest_of_label(x: Array) -> Array:
+    """∂q/∂y = 1 − 2σ(x) = −tanh(x/2)."""
+    return -jnp.tanh(x / 2)
+
+
+# Written down, since 1 − tanh² is 0 where tanh rounds to 1.
+_rest_of_label.defjvps(lambda x_dot, _, x: -2 * sigmoid(x) * sigmoid(-x) * x_dot)
 
 
 def _positive_rest(x: Array, y: Array) -> Array:
@@ -300,8 +315,8 @@ def _focal_loss_bwd(residuals: Any, g: Array) -> Any:
     focus, loss, share = _focus(wide, y, gamma), _binary_cross_entropy(wide, y, None), _share(y, alpha)
     slope = (1 - y) * sigmoid(wide) - y * sigmoid(-wide)
     x_bar = share * focus * (_times(gamma * (1 - 2 * y) * _slope_ratio(wide, y), loss) + slope)
-    # ∂q/∂y = 1 − 2p, and that of the cross-entropy is −x.
-    of_labels = _times(gamma * focus * (1 - 2 * sigmoid(wide)), loss / _positive_rest(wide, y)) - _times(focus, wide)
+    # That of the cross-entropy is −x. The power divided by q is another: of their quotient's derivative, q² may be 0.
+    of_labels = _times(gamma * _focus(wide, y, gamma - 1) * _rest_of_label(wide), loss) - _times(focus, wide)
     y_bar = share * of_labels
     alpha_bar = None
     if alpha is not None:

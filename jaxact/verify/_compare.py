@@ -73,6 +73,9 @@ def compare(
     if mode == "forward" or oracle.layout.elementwise:
         unresolved |= ~oracle.credible
         wrong &= oracle.credible
+    else:
+        unresolved |= oracle.infinite
+        wrong &= ~oracle.infinite
     return Verdicts(got, product, base, wrong, unresolved & ~wrong, floor)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxact.verify._compare import Verdicts
 from jaxact.verify._oracle import Oracle
+from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem, product_along, unravel
 from jaxact.verify._report import name_of
 
@@ -39,7 +40,8 @@ def explain(
         )
     if oracle.layout.whole and not oracle.layout.elementwise and problem.n == problem.m:
         whole = oracle.jacobian.reverse
-        if _same(got, vectors @ (whole.T if mode == "reverse" else whole), verdicts):
+        other = vectors @ (whole.T if mode == "reverse" else whole)
+        if _same(got, other, verdicts) and not _same(want, other, verdicts):
             return f"the {which} rule applies the transposed Jacobian"
         if _same(got, vectors * np.diag(whole), verdicts):
             return f"the {which} rule has only the diagonal of the Jacobian: a sum is missing"
@@ -118,14 +120,16 @@ def _place(shapes: Any, i: int) -> tuple[int, int]:
 
 
 def derivative_along(problem: Problem, f: Any, mode: str, vector: np.ndarray, dtype: Any) -> Any:
-    """The product of f's derivative with a fixed vector, as a function of f's arguments."""
+    """The product of f's derivative with a fixed vector, as a function of f's arguments; in a given `dtype` without
+    the rules of f."""
     shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
     parts = tuple(p[0] for p in unravel(vector, shapes, dtype))
 
     def product(*args: Any) -> Any:
         leaves = jax.tree.leaves(args)
         floats, others = problem.spec.split(leaves)
-        return product_along(problem.spec.of_floats(f, others), mode, floats, parts)
+        flat = problem.spec.of_floats(f, others)
+        return product_along(flat if dtype is None else without_rules(flat), mode, floats, parts)
 
     product.__name__ = f"derivative of {name_of(f)}"
     return product

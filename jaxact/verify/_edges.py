@@ -8,7 +8,7 @@ import numpy as np
 from jaxact.verify._compare import close, compare
 from jaxact.verify._contract import first_line
 from jaxact.verify._diagnosis import apart
-from jaxact.verify._oracle import find_oracle
+from jaxact.verify._oracle import find_oracle, is_elementwise
 from jaxact.verify._problem import Problem
 from jaxact.verify._report import REFUTED, VERIFIED, Check
 
@@ -52,6 +52,9 @@ def edge_points(session: Any, given: dict[float, float]) -> Check:
                     "edges", REFUTED, f"at the edge x = {x[i]}, {mode} mode gives {got[i]:.6g} for {exact[i]:.6g}"
                 )
         return Check("edges", VERIFIED, f"{len(x)} given inputs")
+    # At one point, or at special ones, the Jacobian of any function may be diagonal.
+    if problem.out_shapes[0][0] != x.shape or not is_elementwise(problem, session.rng):
+        return Check("edges", "absent", "f is not elementwise in the sweep")
     finite = np.isfinite(problem.value())
     if not finite.any():
         return Check("edges", "absent", "f is finite nowhere in the sweep")
@@ -59,6 +62,10 @@ def edge_points(session: Any, given: dict[float, float]) -> Check:
     problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
     ones = np.ones((1, len(x)))
     oracle = find_oracle(problem, session.reference, session.derivative, session.bound, session.rng, elementwise=True)
+    other = session.other_value(problem, oracle)
+    if other is not None:
+        name, i, came, due = other
+        return Check("edges", REFUTED, f"at x = {x[i]}, {name} is {came} where f is {due}")
     known = 0
     for mode in session.modes:
         vectors = ones * (oracle.credible if mode == "reverse" else 1.0)

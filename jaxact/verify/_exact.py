@@ -49,6 +49,8 @@ def numbers(x: np.ndarray) -> np.ndarray:
     """A float array as an object array of mpmath numbers; others as they are."""
     if np.issubdtype(x.dtype, np.integer) or x.dtype == bool:
         return x
+    if np.issubdtype(x.dtype, np.complexfloating):
+        raise NotSupported("complex numbers")
     mpmath = importlib.import_module("mpmath")
     return _elementwise(lambda a: mpmath.mpf(float(a)), 1)(np.asarray(x, np.float64))
 

@@ -6,7 +6,9 @@ an error bar, and, where autodiff's own rounding is too large, by exact differen
 what the differences are taken of.
 """
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +55,7 @@ class Oracle:
     error: Jacobian
     near: list[Jacobian]  # how the entries change when the inputs are off by the bound
     credible: np.ndarray  # outputs whose derivative the oracle knows
+    infinite: np.ndarray  # inputs with an infinite derivative: times a cotangent of 0 that is nan
     doubt: str  # why not the others
     autodiff: bool = True  # whether autodiff of what was differentiated agrees with its differences
 
@@ -72,6 +75,12 @@ class Oracle:
             return Product(times(v, self.jacobian), times(np.abs(v), size), times(np.abs(v), self.error), moved)
 
 
+def is_elementwise(problem: Problem, rng: np.random.Generator) -> bool:
+    """Whether the Jacobian of what `f` computes is diagonal here."""
+    with np.errstate(all="ignore"):
+        return _layout(problem, problem.f, rng).elementwise
+
+
 def find_oracle(
     problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator, elementwise: bool = False
 ) -> Oracle:
@@ -84,7 +93,7 @@ def _find_oracle(
     problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator, elementwise: bool
 ) -> Oracle:
     kind = None if reference is None else _kind(problem, reference)
-    program = reference if kind == "jax" else problem.f
+    program = functools.partial(reference) if kind == "jax" else problem.f
     layout = Layout.diagonal(problem.n) if elementwise else _layout(problem, program, rng)
     source = autodiff(problem, program, layout)
     moved = [_nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
@@ -100,25 +109,36 @@ def _find_oracle(
     except Exception as error:
         why = f"what f computes cannot be differentiated in float64 ({type(error).__name__})"
         nothing = layout.of_matrix(np.zeros((problem.m, problem.n)))
-        return Oracle(name, False, layout, nothing, nothing, [nothing], np.zeros(problem.m, bool), why)
+        known, infinite = np.zeros(problem.m, bool), np.zeros(problem.n, bool)
+        return Oracle(name, False, layout, nothing, nothing, [nothing], known, infinite, why)
     doubted = jacobian.map(lambda j: 2.0**-50 * np.abs(j))
     for _ in range(3):
         noisy = autodiff(problem, program, layout, rng.choice([-1.0, 1.0], 61))
         doubted = doubted.map(lambda e, j, k: np.maximum(e, 4 * np.abs(k - j)), jacobian, noisy(problem.x))
     values = _numpy_values(problem, reference) if kind == "numpy" else _jax_values(problem, program)
-    credible, zero_error = _against_differences(problem, layout, jacobian, doubted, values, rng)
+    credible, zero_error, value = _against_differences(problem, layout, jacobian, doubted, values, rng)
+    # In float64 a program may compute something else, as by an eps or by random numbers of another dtype.
+    other = _another(problem.value(), value, problem.unit) if kind is None else np.zeros(problem.m, bool)
     narrow = kind is None and _narrow_inside(problem)
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
-    if narrow or problem.wide or not credible.all() or any(u.any() for u in unsure) or _zero_rows(jacobian).any():
+    inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(jacobian).any()
+    # Where a reference in NumPy has other differences, what f computes is not what it should.
+    if inexact if credible.all() else kind != "numpy":
         exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, values))
         if exactly is not None:
             name = name.replace("in float64, by autodiff", "in mpmath") + (", in mpmath" if kind == "jax" else "")
+            if kind == "numpy":
+                name = f"reference in NumPy, {name_of(reference)}, by differences, and {name}"
             oracle = _exactly(problem, name, layout, exactly, moved)
+            if other.any():
+                oracle = dataclasses.replace(oracle, credible=oracle.credible & ~other, doubt=ANOTHER)
             right = oracle.jacobian.map(
                 lambda j, k, e: np.abs(j - k) <= 2.0**-20 * np.abs(j) + 8 * e + 1e-300, jacobian, doubted
             )
             return dataclasses.replace(oracle, autodiff=all(r.all() for r in right))
     doubt = "" if credible.all() else "autodiff and differences of the oracle disagree, as at a kink or a jump"
+    if other.any():
+        credible, doubt = credible & ~other, ANOTHER
     if narrow:
         doubt = "f computes in less than float64 inside, whatever its arguments"
         doubted = doubted.map(lambda e, j: e + 2.0**-20 * np.abs(j), jacobian)
@@ -132,14 +152,26 @@ def _find_oracle(
     near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
     if kind == "numpy":
         name = f"reference in NumPy, {name_of(reference)}, by differences, and what f computes, by autodiff"
-    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, doubt))
+    infinite = np.zeros(problem.n, bool)
+    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, infinite, doubt))
+
+
+ANOTHER = "in float64 f computes something else"
+
+
+def _another(narrow: np.ndarray, wide: np.ndarray, unit: float) -> np.ndarray:
+    """Which outputs differ by more than an inaccurate f might: 1/64 of the largest, or 32 units."""
+    with np.errstate(all="ignore"):
+        apart, size = np.abs(narrow - wide), np.maximum(np.abs(narrow), np.abs(wide))
+        return np.isfinite(apart) & (apart > max(2.0**-6, 32 * unit) * np.max(size, initial=0, where=np.isfinite(size)))
 
 
 def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved: list[np.ndarray]) -> Oracle:
     jacobian = source(problem.x)
     near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
     error = jacobian.map(lambda j: 2.0**-52 * np.abs(j))
-    return _finished(Oracle(name, True, layout, jacobian, error, near, np.ones(problem.m, bool), ""))
+    known, infinite = np.ones(problem.m, bool), np.zeros(problem.n, bool)
+    return _finished(Oracle(name, True, layout, jacobian, error, near, known, infinite, ""))
 
 
 def _finished(oracle: Oracle) -> Oracle:
@@ -148,12 +180,16 @@ def _finished(oracle: Oracle) -> Oracle:
     credible = oracle.credible.copy()
     finite = np.isfinite(rows) if layout.elementwise else np.isfinite(rows).all(1)
     credible[layout.rows] &= finite
+    infinite = ~finite
     if not layout.elementwise:
-        credible &= np.isfinite(oracle.jacobian.forward).all(0)
+        columns = np.isfinite(oracle.jacobian.forward)
+        credible &= columns.all(0)
+        infinite = ~np.isfinite(rows).all(0)
+        infinite[layout.columns] |= ~columns.all(1)
     doubt = oracle.doubt or ("" if credible.all() else "it is not differentiable there, or not finite")
     clean = oracle.jacobian.map(lambda j: np.nan_to_num(j, nan=0, posinf=0, neginf=0))
     error = oracle.error.map(lambda e: np.nan_to_num(e, nan=0, posinf=0, neginf=0))
-    return dataclasses.replace(oracle, jacobian=clean, error=error, credible=credible, doubt=doubt)
+    return dataclasses.replace(oracle, jacobian=clean, error=error, credible=credible, infinite=infinite, doubt=doubt)
 
 
 def _layout(problem: Problem, f: Any, rng: np.random.Generator) -> Layout:
@@ -170,10 +206,10 @@ def _layout(problem: Problem, f: Any, rng: np.random.Generator) -> Layout:
         rows = autodiff(problem, f, layout)(problem.x).reverse.copy()
     except Exception:
         return layout
+    diagonal = rows[np.arange(len(rows)), layout.rows]
     rows[np.arange(len(rows)), layout.rows] = 0
-    if np.any(rows != 0):
-        return layout
-    return Layout.diagonal(problem.n)
+    rows = rows[np.isfinite(diagonal)]  # an infinite slope times 0 is nan
+    return Layout.diagonal(problem.n) if len(rows) and not rows.any() else layout
 
 
 def _pattern(problem: Problem, layout: Layout, jacobian: Jacobian, values: Any) -> np.ndarray | None:
@@ -199,20 +235,22 @@ def _nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndar
 def _kind(problem: Problem, reference: Any) -> str:
     wide = problem.leaves(problem.x, np.float64)
     with jax.enable_x64(True), np.errstate(all="ignore"):
-        try:
-            jax.eval_shape(problem.spec.of_floats(reference, problem.others), *wide)
-            return "jax"
-        except Exception:
-            pass
-        args = problem.spec.arguments(wide, problem.others)
-        try:
-            out = jax.tree.leaves(reference(*args))
-            if all(np.asarray(y).dtype != object for y in out):
-                return "numpy"
-        except (TypeError, ValueError, AttributeError):
-            if len(jax.tree.leaves(args)) != 1:
-                raise
+        kind, out, args = "jax", None, problem.spec.arguments(wide, problem.others)
+        with contextlib.suppress(Exception):
+            out = jax.eval_shape(problem.spec.of_floats(reference, problem.others), *wide)
+        if out is None:
+            kind = "numpy"
+            try:
+                out = [np.asarray(y) for y in jax.tree.leaves(reference(*args))]
+            except (TypeError, ValueError, AttributeError):
+                if len(jax.tree.leaves(args)) != 1:
+                    raise
+    if out is None or any(y.dtype == object for y in out):
         return "mpmath"
+    got, due = [y.shape for y in out], [shape for shape, _ in problem.out_shapes]
+    if got != due:
+        raise ValueError(f"reference must return arrays of the shapes that f does, {due}, got {got}.")
+    return kind
 
 
 def _batch(f: Any, spec: Any, parts: Any, others: Any) -> Any:
@@ -271,20 +309,20 @@ def _narrow_inside(problem: Problem) -> bool:
 
 def _against_differences(
     problem: Problem, layout: Layout, jacobian: Jacobian, doubted: Jacobian, values: Any, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which outputs' derivatives agree with differences in random directions, and how well those know a 0."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which outputs' derivatives agree with differences in random directions, how well those know a 0, and values."""
     credible, zero_error = np.ones(problem.m, bool), np.zeros(problem.m)
     scale = np.where(problem.x == 0, 2.0**-10, np.abs(problem.x))[layout.columns]
     for _ in range(2):
         v = np.zeros(problem.n)
         v[layout.columns] = scale * rng.choice([-1.0, 1.0], len(scale)) * rng.uniform(0.5, 1, len(scale))
-        difference, bar = along(values, problem.x, v)
+        value, difference, bar, kink = along(values, problem.x, v)
         with np.errstate(all="ignore"):
             u, slack = v[layout.columns], np.abs(jacobian.forward) * 2.0**-36 + 8 * doubted.forward
             expected = u * jacobian.forward if slack.ndim == 1 else u @ jacobian.forward
             allowed = 8 * bar + (np.abs(u) * slack if slack.ndim == 1 else np.abs(u) @ slack)
             # Where the function is not finite around, differences say nothing.
-            credible &= (np.abs(difference - expected) <= allowed) | ~np.isfinite(difference)
+            credible &= (np.abs(difference - expected) <= allowed) & ~kink | ~np.isfinite(difference)
             per_input = bar / (scale if layout.elementwise else scale.min())
         zero_error = np.maximum(zero_error, np.nan_to_num(per_input, nan=np.inf, posinf=np.inf))
-    return credible, zero_error
+    return credible, zero_error, value

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -16,13 +17,19 @@ from jaxact.verify._primal import perturbed, without_rules
 Leaves = tuple[Array, ...]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Static:
+    """An argument that is no array. By identity, since it need not be hashable."""
+
+    value: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """Where the float arrays stand among the arguments. Hashable, so that compiled products are found again."""
 
     tree: Any
-    roles: tuple[Any, ...]  # of each leaf: "float", "other", or ("static", the Python value)
-    rules: tuple[Any, ...]  # of the function: it may be given others
+    roles: tuple[Any, ...]  # of each leaf: "float", "other", or a `Static`
 
     def split(self, leaves: Sequence[Any]) -> tuple[Leaves, Leaves]:
         by_role = list(zip(leaves, self.roles, strict=True))
@@ -31,14 +38,16 @@ class Spec:
 
     def arguments(self, floats: Sequence[Any], others: Sequence[Any]) -> Any:
         of_role = {"float": iter(floats), "other": iter(others)}
-        return self.tree.unflatten([role[1] if isinstance(role, tuple) else next(of_role[role]) for role in self.roles])
+        return self.tree.unflatten(
+            [role.value if isinstance(role, Static) else next(of_role[role]) for role in self.roles]
+        )
 
     def of_floats(self, f: Callable[..., Any], others: Leaves) -> Callable[..., Leaves]:
         """`f` as a function of the float leaves to the float leaves of its result."""
 
         def flat(*floats: Any) -> Leaves:
             out = jax.tree.leaves(f(*self.arguments(floats, others)))
-            return tuple(y for y in out if jnp.issubdtype(jnp.result_type(y), jnp.floating))
+            return tuple(y for y in out if _is_float(y))
 
         return flat
 
@@ -50,10 +59,11 @@ class Problem:
         if not callable(f):
             raise TypeError(f"f must be a function, got {f!r}.")
         leaves, tree = jax.tree.flatten(args)
-        self.f = f
-        self.spec = Spec(tree, tuple(map(_role, leaves)), _rules(f))
+        # A function of its own: whatever has been traced before may have had other rules, or called what has now.
+        self.f = functools.partial(f)
+        self.spec = Spec(tree, tuple(map(_role, leaves)))
         as_arrays = [
-            leaf if isinstance(role, tuple) else _array(leaf)
+            leaf if isinstance(role, Static) else _array(leaf)
             for leaf, role in zip(leaves, self.spec.roles, strict=True)
         ]
         self.floats, self.others = self.spec.split(as_arrays)
@@ -70,8 +80,8 @@ class Problem:
         self.in_shapes = [(x.shape, np.dtype(x.dtype)) for x in self.floats]
 
     def precision(self) -> Any:
-        """The context to run `f` in: with 64 bits only if the arguments have them."""
-        return jax.enable_x64(self.wide)
+        """The context to run `f` in: with 64 bits if the arguments have them, or JAX is set to."""
+        return jax.enable_x64(self.wide or jax.config.read("jax_enable_x64"))
 
     @property
     def n(self) -> int:
@@ -120,6 +130,28 @@ class Problem:
             call = eager_products if variant == "eager" else compiled_products
             return ravel(call(self.f, self.spec, mode, variant, self.floats, self.others, parts))
 
+    def one_by_one(self, mode: str, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Products with one float leaf differentiated at a time, and the vectors that they are products with.
+
+        In reverse mode there is one, of which each leaf has its part; in forward mode one for each leaf.
+        """
+        flat, count = self.spec.of_floats(self.f, self.others), len(self.floats)
+
+        def of_leaf(i: int) -> Callable[[Any], Leaves]:
+            return lambda leaf: flat(*self.floats[:i], leaf, *self.floats[i + 1 :])
+
+        with self.precision():
+            parts = [
+                jnp.asarray(p[0]) for p in unravel(vector, self.out_shapes if mode == "reverse" else self.in_shapes)
+            ]
+            if mode == "reverse":
+                got = [jax.vjp(of_leaf(i), leaf)[1](tuple(parts))[0] for i, leaf in enumerate(self.floats)]
+                return vector, ravel_one(got)[None]
+            out = [jax.jvp(of_leaf(i), (self.floats[i],), (parts[i],))[1] for i in range(count)]
+        edges = np.cumsum([0, *(int(np.prod(shape)) for shape, _ in self.in_shapes)])
+        alone = [np.where((np.arange(self.n) >= a) & (np.arange(self.n) < b), vector[0], 0) for a, b in pairwise(edges)]
+        return np.stack(alone), np.stack([ravel_one(y) for y in out])
+
     def primal_of(self, mode: str) -> np.ndarray:
         """The value that the rule's forward pass returns beside the derivative."""
         with self.precision():
@@ -130,17 +162,19 @@ class Problem:
             return ravel_one(jax.jvp(flat, self.floats, tuple(map(jnp.zeros_like, self.floats)))[0])
 
 
-def _rules(f: Any) -> tuple[Any, ...]:
-    own = tuple(rule for rule in (getattr(f, name, None) for name in ("fwd", "bwd", "jvp")) if rule is not None)
-    return own + (_rules(f.__wrapped__) if hasattr(f, "__wrapped__") else ())
-
-
 def _role(leaf: Any) -> Any:
     if isinstance(leaf, float):
         return "float"
-    if not hasattr(leaf, "dtype"):
-        return "static", leaf
-    return "float" if jnp.issubdtype(leaf.dtype, jnp.floating) else "other"
+    if not hasattr(leaf, "dtype") and not isinstance(leaf, complex):
+        return Static(leaf)
+    return "float" if _is_float(leaf) else "other"
+
+
+def _is_float(leaf: Any) -> bool:
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"arguments and results of f must be real, got {dtype.name}: of complex ones nothing is known.")
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _array(leaf: Any) -> Array:
@@ -193,10 +227,12 @@ def compiled_value(f: Any, spec: Spec, floats: Leaves, others: Leaves) -> Leaves
 def compiled_products(
     f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves
 ) -> Any:
-    """The products under jit, one after another, of f or of the checkpointed f."""
+    """The products under jit, of f or of the checkpointed f: one after another, or all at once under vmap."""
     flat = spec.of_floats(f, others)
     if variant == "remat":
         flat = jax.checkpoint(flat)
+    if variant == "vmap":
+        return jax.vmap(lambda vector: product_along(flat, mode, floats, vector))(vectors)
     return lax.map(lambda vector: product_along(flat, mode, floats, vector), vectors)
 
 

@@ -1,6 +1,7 @@
 """What a check found: verdicts with their evidence, as text, JSON and Markdown."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -85,12 +86,14 @@ _MARKS = {VERIFIED: "✓", REFUTED: "✗", INCONCLUSIVE: "?", "absent": "–"}
 
 
 def name_of(f: Any) -> str:
+    f = f.func if isinstance(f, functools.partial) else f
     return getattr(f, "__name__", None) or type(f).__name__
 
 
 def type_text(shape: tuple[int, ...], dtype: Any) -> str:
     """As JAX writes it: float32[8,7]."""
-    return f"{np.dtype(dtype).name}[{','.join(map(str, shape))}]"
+    name = dtype.name if hasattr(dtype, "name") else np.dtype(dtype).name  # that of a key is no type of NumPy
+    return f"{name}[{','.join(map(str, shape))}]"
 
 
 def verdict_of(verdicts: list[str]) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from types import EllipsisType
 from typing import Any
 
+import numpy as np
+
 from jaxact.verify._report import Report
 from jaxact.verify._session import MODES, TRANSFORMS, Session
 
@@ -17,7 +19,7 @@ def rule(
     modes: str | Iterable[str] = "auto",
     order: int = 1,
     bound: float | None = None,
-    transforms: Iterable[str] = TRANSFORMS,
+    transforms: str | Iterable[str] = TRANSFORMS,
     edges: Any = ...,
     directions: int = 8,
     seed: int = 0,
@@ -69,9 +71,14 @@ def rule(
         refuted - the backward rule returns 0 where the derivative is 2.061e-09 (x = 20); 1 − f(x) has cancelled
     """
     wanted = _wanted_modes(modes)
+    if isinstance(transforms, str):
+        transforms = (transforms,)
     unknown = set(transforms := tuple(transforms)) - set(TRANSFORMS)
     if unknown:
         raise ValueError(f"transforms must be of {TRANSFORMS}, got {sorted(unknown)}.")
+    for name, value in {"order": order, "directions": directions, "seed": seed}.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
     if order < 1 or directions < 1:
         raise ValueError(f"order and directions must be at least 1, got order={order}, directions={directions}.")
     if bound is not None and not 0 < bound < math.inf:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,8 +14,7 @@ from jaxact.verify._batch import in_a_batch
 from jaxact.verify._compare import Verdicts, close, compare, mutants
 from jaxact.verify._contract import check_contract, first_line, is_missing_mode, same_types
 from jaxact.verify._edges import edge_points
-from jaxact.verify._oracle import find_oracle, reference_value
-from jaxact.verify._primal import without_rules
+from jaxact.verify._oracle import ANOTHER, Oracle, find_oracle, reference_value
 from jaxact.verify._problem import Problem
 from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report, name_of, type_text, verdict_of
 from jaxact.verify._residuals import residuals
@@ -60,6 +60,7 @@ class Session:
         self.killed, self.made, self.smallest, self.points = 0, 0, math.inf, 0
         self._primal()
         results = {mode: self._mode(mode) for mode in self.modes}
+        self._alone(results)
         self._adjoint(results)
         self._power(results)
         if verdict_of([c.verdict for c in self.checks]) != REFUTED:
@@ -112,31 +113,43 @@ class Session:
     def _primal(self) -> None:
         """Values: of the rules' forward passes, of f under transformations, of the reference."""
         problem = self.problem
-        self.value = value = problem.value()
-        conditioning = 0.0
-        if self.given_bound is None and self.oracle.layout.whole:
-            conditioning = problem.unit * self.oracle.product("forward", np.abs(problem.x)[None]).size[0]
-        tiny = float(ml_dtypes.finfo(problem.dtype).smallest_normal)
-        self.allowed = self.bound * (problem.unit * np.abs(value) + conditioning) + 4 * tiny
-        others = {f"the {mode} rule's own primal": problem.primal_of(mode) for mode in self.modes}
+        self.value, self.allowed = problem.value(), self._allowed(problem, self.oracle)
+        others = self.other_values(problem, self.oracle)
         if "jit" in self.transforms:
             try:
                 others["f under jit"] = problem.value("jit")
             except Exception as error:
                 self.reasons.append(f"f raises {type(error).__name__} under jit")
-        exact = reference_value(problem, self.reference) if self.knows_value and self.oracle.layout.whole else None
-        if exact is not None:
-            others["the reference"] = exact
-        for name, other in sorted(others.items()):
-            wrong = ~close(other, value, self.allowed)
-            if wrong.any():
-                i = int(np.argmax(wrong))
-                self.reasons.append(f"{name} is {other[i]:.6g} where f is {value[i]:.6g} (output {i})")
+        for name, i, came, due in _apart(others, self.value, self.allowed):
+            self.reasons.append(f"{name} is {came} where f is {due} (output {i})")
         if self.reasons:
             self.checks.append(Check("primal", REFUTED, "; ".join(self.reasons)))
         else:
-            whose = "and the reference agree" if exact is not None else "agree"
+            whose = "and the reference agree" if "the reference" in others else "agree"
             self.checks.append(Check("primal", VERIFIED, f"f, its rules' forward passes {whose}"))
+
+    def _allowed(self, problem: Problem, oracle: Oracle) -> np.ndarray:
+        """How far values may be apart."""
+        conditioning = 0.0
+        if self.given_bound is None and oracle.layout.whole:
+            conditioning = problem.unit * oracle.product("forward", np.abs(problem.x)[None]).size[0]
+        floor = 4 * float(ml_dtypes.finfo(problem.dtype).smallest_normal)
+        if oracle.layout.elementwise:
+            floor = floor * (1 + np.abs(problem.x))  # of which a factor may have been flushed to 0
+        return self.bound * (problem.unit * np.abs(problem.value()) + conditioning) + floor
+
+    def other_values(self, problem: Problem, oracle: Oracle) -> dict[str, np.ndarray]:
+        """What should be the value of f as well."""
+        others = {f"the {mode} rule's own primal": problem.primal_of(mode) for mode in self.modes}
+        if self.knows_value and oracle.layout.whole:
+            reference = reference_value(problem, self.reference)
+            others |= {} if reference is None else {"the reference": reference}
+        return others
+
+    def other_value(self, problem: Problem, oracle: Oracle) -> tuple[str, int, str, str] | None:
+        """Which of them is not, at which output, and what the two are."""
+        found = _apart(self.other_values(problem, oracle), problem.value(), self._allowed(problem, oracle))
+        return next(found, None)
 
     def _mode(self, mode: str) -> tuple[np.ndarray, Verdicts]:
         problem = self.problem
@@ -181,6 +194,26 @@ class Session:
                 Check(name, VERIFIED, f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|")
             )
 
+    def _alone(self, results: dict[str, tuple[np.ndarray, Verdicts]]) -> None:
+        """With one argument differentiated at a time: a rule may be told which are."""
+        problem = self.problem
+        if len(problem.in_shapes) == 1 or not self.oracle.layout.whole:
+            return
+        for mode, (vectors, _) in results.items():
+            try:
+                vectors, got = problem.one_by_one(mode, vectors[:1])
+                wrong = self._compare(mode, vectors, got).wrong
+            except Exception as error:
+                detail = f"raises {type(error).__name__}: {first_line(error)}"
+            else:
+                if not wrong.any():
+                    continue
+                detail = f"is wrong in element {int(np.argmax(wrong.any(0)))}"
+            self.checks.append(Check("one argument", REFUTED, f"{mode} mode {detail}"))
+            self.reasons.append(f"with one argument differentiated and the others not, {mode} mode {detail}")
+            return
+        self.checks.append(Check("one argument", VERIFIED, "differentiated alone, each as with the others"))
+
     def _explain(self, mode: str, found: dict[str, Verdicts], vectors: np.ndarray, dense: int) -> None:
         """A sentence on what is wrong in a mode: with the rule, or with one way of calling it."""
         plain = [v for v in ("jit", "eager") if v in found]
@@ -203,7 +236,7 @@ class Session:
             self.witness = diagnosis.witness(self.problem, self.oracle, mode, vectors[c], verdicts, c, i)
 
     def _vectors(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        """Random directions, of several sizes and with an offset, and zero; and one-hot ones."""
+        """Random directions, large and small ones and with an offset, and zero; and one-hot ones."""
         problem = self.problem
         shapes, size = (problem.out_shapes, problem.m) if mode == "reverse" else (problem.in_shapes, problem.n)
         known = np.zeros(size, bool)
@@ -211,7 +244,9 @@ class Session:
         if mode == "reverse":
             known &= self.oracle.credible
         normal = self.rng.normal(size=(self.directions, size))
-        big = 64.0 if problem.dtype == np.float16 else 4096.0
+        big, small = (64.0, 2.0**-6) if problem.dtype == np.float16 else (4096.0, 2.0**-30)
+        if self.directions > 1:
+            normal[-1] *= small
         dense = np.concatenate([normal, 1000 + normal[:1], -normal[:1], big * normal[:1], 0 * normal[:1]])
         where = np.flatnonzero(known)
         if len(where) > ONE_HOT:
@@ -265,9 +300,12 @@ class Session:
             self.reasons.append(f"the check cannot fail: {why}")
 
     def _edges(self) -> None:
-        if self.edges is None or not self.oracle.layout.elementwise:
-            return
         given = self.edges if isinstance(self.edges, dict) else {}
+        if given and not self.oracle.layout.elementwise:
+            self.checks.append(Check("edges", INCONCLUSIVE, "f is not elementwise at args"))
+            self.reasons.append("edges are for an elementwise function, and f is not elementwise at args")
+        if self.edges is None or not self.oracle.layout.elementwise or self.oracle.doubt == ANOTHER:
+            return
         self.checks.append(edge_points(self, given))
         if self.checks[-1].verdict == REFUTED:
             self.reasons.append(self.checks[-1].detail)
@@ -276,6 +314,17 @@ class Session:
         if "vmap" not in self.transforms:
             return
         vectors = {mode: every[: self.directions] for mode, (every, _) in results.items()}
+        # As `jax.jacobian` does it: vectors alone are a batch, and the arguments are not.
+        for mode, of in vectors.items():
+            try:
+                wrong = ~self.right(mode, of, self.problem.products(mode, "vmap", of))
+                why = "is wrong" if wrong.any() else ""
+            except Exception as error:
+                why = f"raises {type(error).__name__}: {first_line(error)}"
+            if why:
+                self.checks.append(Check("vmap", REFUTED, f"{mode} mode {why} for a batch of vectors alone"))
+                self.reasons.append(self.checks[-1].detail)
+                return
         check, self.special = in_a_batch(self, vectors)
         self.checks.append(check)
         if self.checks[-1].verdict == REFUTED:
@@ -299,7 +348,7 @@ class Session:
         vector = self.problem.rounded(self.rng.normal(size=(1, size)), shapes)
         ours = diagnosis.derivative_along(self.problem, self.problem.f, mode, vector, None)
         theirs = self.reference if self.oracle.name.startswith("reference in JAX") else self.problem.f
-        exact = diagnosis.derivative_along(self.problem, without_rules(theirs), mode, vector, np.float64)
+        exact = diagnosis.derivative_along(self.problem, theirs, mode, vector, np.float64)
         transforms = tuple(t for t in self.transforms if t == "jit")
         report = dataclasses.replace(
             self, f=ours, reference=exact, derivative=None, wanted=(), order=self.order - 1, transforms=transforms,
@@ -310,6 +359,16 @@ class Session:
         self.reasons += [f"second derivative: {r}" for r in report.reasons]
 
 
+def _apart(
+    others: dict[str, np.ndarray], value: np.ndarray, allowed: np.ndarray
+) -> Iterator[tuple[str, int, str, str]]:
+    for name, other in sorted(others.items()):
+        wrong = ~close(other, value, allowed)
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            yield name, i, *diagnosis.apart(other[i], value[i])
+
+
 def _under(variant: str) -> str:
     return "when eager" if variant == "eager" else f"under {variant}"
 
@@ -317,4 +376,4 @@ def _under(variant: str) -> str:
 def _describe(leaf: Any) -> str:
     if not hasattr(leaf, "dtype"):
         return repr(leaf)
-    return type_text(np.shape(leaf), leaf.dtype)
+    return type_text(leaf.shape, leaf.dtype)

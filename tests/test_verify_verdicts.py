@@ -1,0 +1,251 @@
+"""What the verifier must not convict, what it must not let pass, and where it must say that it does not know."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.custom_batching import custom_vmap
+
+import jaxact
+from jaxact import verify
+
+X = jnp.linspace(-2.0, 2.0, 5)
+
+
+def with_rule(f: Any, forward: Any, backward: Any, **options: Any) -> Any:
+    g = jax.custom_vjp(lambda *args: f(*args))
+    g.defvjp(forward, backward, **options)
+    return g
+
+
+def sine(slope: Any = lambda x, g: g * jnp.cos(x)) -> Any:
+    return with_rule(jnp.sin, lambda x: (jnp.sin(x), x), lambda x, g: (slope(x, g),))
+
+
+def brief(f: Any, *args: Any, **options: Any) -> verify.Report:
+    return verify.rule(f, *args, **{"edges": None, "transforms": (), **options})
+
+
+# Where it does not know.
+
+
+def series(x: Any) -> Any:
+    """sin x to an ulp or two of float32 for |x| < ¾, with a derivative that is off by 3e-6."""
+    return x * (1 - x * x / 6 * (1 - x * x / 20 * (1 - x * x / 42)))
+
+
+@pytest.mark.parametrize("f", [series, with_rule(series, lambda x: (series(x), x), lambda x, g: (g * jnp.cos(x),))])
+def test_differences_of_a_numpy_reference_are_not_overruled(f: Any) -> None:
+    x = jnp.array([0.25, 0.5, 0.75])
+    report = brief(f, x, reference=np.sin)
+    assert report.verdict == "inconclusive", str(report)
+    assert "reference in NumPy, sin" in report.facts["oracle"]
+    assert brief(f, x, reference=jnp.sin).verdict == ("refuted" if f is series else "verified")
+
+
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (jax.nn.relu, [0.0, 1.0]),
+        (lambda x: jnp.maximum(x, 0), [0.0, 1.0]),  # ½, says autodiff, and so do central differences
+        (lambda x: jnp.clip(x, -1, 1), [1.0, 0.3]),
+        (jnp.max, [1.0, 2.0, 2.0]),
+        (lambda x: jnp.abs(x) + x, [0.0, 2.0]),
+    ],
+)
+def test_a_kink_is_inconclusive(f: Any, x: list[float]) -> None:
+    assert brief(f, jnp.array(x)).verdict == "inconclusive"
+    # A step beside it there is none.
+    report = brief(f, jnp.array(x) * jnp.array([1.25, 1.5, 1.0][: len(x)]) + 0.125)
+    assert report, str(report)
+
+
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (jnp.sqrt, [0.0, 1.0]),
+        (jnp.log, [0.0, 1.0]),
+        (lambda x: 1 / x, [0.0, 1.0]),
+        (jaxact.sigmoid, [float("nan"), 1.0]),
+        (lambda x: jnp.sqrt(jnp.sum(x * x, -1)), [[0.0, 0.0], [1.0, 2.0]]),
+    ],
+)
+def test_an_infinite_derivative_is_inconclusive(f: Any, x: Any) -> None:
+    report = verify.rule(f, jnp.array(x), transforms=())
+    assert report.verdict == "inconclusive", str(report)
+
+
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (lambda x: x / jnp.sqrt(x * x + jnp.finfo(x.dtype).eps), [1e-4]),
+        (lambda x: jnp.tanh(x) * jax.random.normal(jax.random.key(0), x.shape, x.dtype), [1.0, 2.0, 3.0]),
+    ],
+)
+def test_a_function_that_is_another_in_float64_is_inconclusive(f: Any, x: list[float]) -> None:
+    report = verify.rule(f, jnp.array(x), transforms=())
+    assert report.verdict == "inconclusive", str(report)
+    assert "in float64 f computes something else" in report.reasons[0]
+
+
+def test_edges_are_for_an_elementwise_function() -> None:
+    report = brief(jaxact.softmax, X, edges={0.0: 99.0})
+    assert report.verdict == "inconclusive"
+    assert report.reasons == ("edges are for an elementwise function, and f is not elementwise at args",)
+
+
+# What is right, though it looks otherwise.
+
+
+def test_one_number_does_not_make_a_function_elementwise() -> None:
+    product = verify.rule(lambda x: jaxact.sigmoid(x) * jnp.mean(jaxact.sigmoid(x)), X[3:4], transforms=())
+    total = verify.rule(lambda x: jnp.sum(jaxact.sigmoid(x)), 3.0, transforms=())
+    for report in (product, total):
+        assert report, str(report)
+        assert "absent" in [c.verdict for c in report.checks if c.name == "edges"], str(report)
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.sin(x)
+
+
+def test_what_cannot_be_hashed_and_typed_keys() -> None:
+    for report in (
+        verify.rule(Unhashable(), X, edges=None),
+        verify.rule(lambda x, s: jnp.sin(x[s["from"] :]), X, {"from": 2}, transforms=("jit",)),
+        verify.rule(lambda x, s: jnp.sin(x) * len(s), X, {1, 2}, transforms=("jit",), edges=None),
+        verify.rule(lambda k, x: jnp.sin(x), jax.random.key(0), X, transforms=("jit",)),
+        brief(jnp.sin, X, reference=Unhashable()),
+    ):
+        assert report, str(report)
+
+
+def test_a_rule_that_was_mended_is_judged_anew_behind_a_wrapper() -> None:
+    f = sine(lambda x, g: 2 * g * jnp.cos(x))
+
+    def wrapper(x: Any) -> Any:
+        return f(x)
+
+    assert brief(wrapper, X, transforms=("jit",)).verdict == "refuted"
+    f.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    assert brief(wrapper, X, transforms=("jit",)).verdict == "verified"
+
+
+def test_constants_at_order_2() -> None:
+    power = jax.custom_vjp(lambda x, n: jnp.sin(x) * n, nondiff_argnums=(1,))
+    power.defvjp(lambda x, n: (jnp.sin(x) * n, x), lambda n, x, g: (g * n * jnp.cos(x),))
+    for report in (brief(power, X, 3, order=2), brief(lambda x, s: jnp.sin(x) if s else x, X, True, order=2)):
+        assert report, str(report)
+        assert "order 2" in [c.name for c in report.checks]
+
+
+def test_a_program_with_complex_numbers_inside() -> None:
+    report = brief(lambda x: jnp.abs(x + 1j), jnp.array([0.0, 1.0]))
+    assert report, str(report)
+
+
+# What is wrong, though in one place alone.
+
+
+@pytest.mark.parametrize("how", ["rule", "function"])
+def test_a_value_that_is_wrong_in_the_sweep_alone(how: str) -> None:
+    def swish(x: Any) -> Any:
+        return x * jaxact.sigmoid(x)
+
+    def wrong(x: Any) -> Any:
+        return jnp.where(x > 50, 0, swish(x))
+
+    def backward(x: Any, g: Any) -> Any:
+        return (g * jaxact.sigmoid(x) * (1 + x * jaxact.sigmoid(-x)),)
+
+    f = with_rule(swish if how == "rule" else wrong, lambda x: (wrong(x), x), backward)
+    report = verify.rule(f, X, reference=None if how == "rule" else jax.nn.silu, transforms=())
+    assert report.verdict == "refuted"
+    whose = "the reverse rule's own primal is 0" if how == "rule" else "the reference is 50"
+    assert report.reasons[0].startswith("at x = 50"), report.reasons
+    assert whose in report.reasons[0]
+
+
+def test_a_rule_that_is_wrong_for_a_batch_of_cotangents_alone() -> None:
+    @custom_vmap
+    def times_sine(a: Any, b: Any) -> Any:
+        return a * jnp.sin(b)
+
+    @times_sine.def_vmap
+    def _(size: int, batched: Any, a: Any, b: Any) -> Any:
+        return (a if all(batched) else 2 * a) * jnp.sin(b), True
+
+    f = with_rule(
+        lambda a, b: a * jnp.sin(b),
+        lambda a, b: (a * jnp.sin(b), (a, b)),
+        lambda kept, g: (times_sine(g, kept[1]), g * kept[0] * jnp.cos(kept[1])),
+    )
+    report = brief(f, X, X + 1, transforms=("vmap",))
+    assert report.reasons == ("reverse mode is wrong for a batch of vectors alone",)
+
+
+def test_a_rule_that_is_wrong_where_one_argument_is_constant() -> None:
+    product = with_rule(
+        lambda a, b: a * b,
+        lambda a, b: (a.value * b.value, (a.value, b.value, 1.0 if a.perturbed and b.perturbed else 2.0)),
+        lambda kept, g: (kept[1] * g * kept[2], kept[0] * g * kept[2]),
+        symbolic_zeros=True,
+    )
+    report = brief(product, X, X + 1)
+    assert "with one argument differentiated and the others not, reverse mode is wrong" in report.reasons[0]
+
+
+def test_a_rule_that_is_wrong_for_small_cotangents_alone() -> None:
+    assert brief(sine(lambda x, g: jnp.where(abs(g) < 1e-6, 0, g) * jnp.cos(x)), X).verdict == "refuted"
+
+
+def test_a_rule_that_is_wrong_where_x64_is_on_alone(x64: None) -> None:
+    def backward(x: Any, g: Any) -> Any:
+        return g * jnp.cos(x) * (2 if jnp.arange(1.0).dtype == jnp.float64 else 1)
+
+    assert brief(sine(backward), jnp.float32(X)).verdict == "refuted"
+
+
+def test_the_diagnosis_of_a_symmetric_jacobian() -> None:
+    def slightly_off(y: Any, g: Any) -> Any:
+        return (1.000003 * (y * g - y * jnp.sum(y * g)),)
+
+    report = brief(with_rule(jaxact.softmax, lambda x: (jaxact.softmax(x),) * 2, slightly_off), jnp.arange(4.0))
+    assert report.verdict == "refuted"
+    assert "transposed" not in report.reasons[0]
+
+
+def test_a_contract_without_forward_mode() -> None:
+    report = verify.contract(sine(), X)
+    assert {c.name: c.verdict for c in report.checks} == {"reverse": "verified", "forward": "absent"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"order": "2"}, TypeError, "order must be an integer, got '2'"),
+        ({"order": 1.5}, TypeError, "order must be an integer, got 1.5"),
+        ({"reference": lambda x: jnp.ones(2)}, ValueError, r"reference must return .* \[\(5,\)\], got \[\(2,\)\]"),
+        ({"reference": lambda x: np.ones(2)}, ValueError, r"reference must return .* \[\(5,\)\], got \[\(2,\)\]"),
+    ],
+)
+def test_errors_name_the_argument(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        verify.rule(jnp.sin, X, **options)
+
+
+def test_complex_arguments_and_results_are_refused() -> None:
+    for f, args in ((lambda x: (jnp.sin(x), 1j * x), (X,)), (lambda z, x: abs(z) * x, (X + 1j, X))):
+        with pytest.raises(TypeError, match="arguments and results of f must be real, got complex64"):
+            verify.rule(f, *args)
+
+
+def test_one_transformation_as_a_string() -> None:
+    names = [c.name for c in verify.rule(jnp.sin, X, transforms="jit", edges=None).checks]
+    assert "reverse, jit" in names
+    assert "reverse, remat" not in names
