@@ -231,6 +231,21 @@ def test_a_large_offset_with_weights_leaves_the_gradient_exact(dtype: str, offse
     np.testing.assert_allclose(got, np.full(3, 1 / 3).astype(got.dtype), rtol=4 * 2**-24 * (dtype == "float32"))
 
 
+@pytest.mark.parametrize("others", [[50.0], [33.0, 70.0], [-3.0, 87.0]])
+def test_a_weight_of_0_has_the_derivative_of_the_gradient_too(others: list[float]) -> None:
+    # ∂²/∂aᵢ∂bⱼ at b = (1, 0, …) is δᵢⱼ e^{aⱼ} but in the first row, that of the one weight: −e^{aⱼ} there.
+    a, b = jnp.array([0.0, *others]), jnp.zeros(1 + len(others)).at[0].set(1)
+    e = np.exp(np.float64(others))
+    want = np.column_stack([np.zeros(len(b)), np.vstack([-e, np.diag(e)])])
+    for inner, argnums in ((0, 1), (1, 0)):
+        for outer in (jax.jacfwd, jax.jacrev):
+            got = outer(jax.grad(lambda a, b: jaxact.logsumexp(a, b=b), inner), argnums)(a, b)
+            # e^a, whose argument is exact.
+            np.testing.assert_allclose(got if argnums else got.T, want, rtol=8 * 2**-24)
+    along = jax.jvp(lambda b: jax.grad(lambda a: jaxact.logsumexp(a, b=b))(a), (b,), (jnp.ones_like(b).at[0].set(0),))
+    np.testing.assert_allclose(along[1], want[:, 1:].sum(1), rtol=8 * 2**-24)
+
+
 def test_the_weighted_rule_is_the_derivative_of_what_it_computes() -> None:
     # Without a reference: who checks a loss of their own that has weights in it gives none. One weight is 0.
     a = jnp.array([[30, 0, -5, 1, 2], [0.5, -1.25, 2, 0.75, -3], [-4, 6, 1, 5.5, 3]], jnp.float32)

@@ -240,6 +240,41 @@ def test_derivative_of_the_focal_loss_in_gamma() -> None:
             np.testing.assert_allclose(float(got), want, rtol=(32 + 2 * gamma * abs(x)) * U, atol=2.0**-126)
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "gamma"), [(-44, 0, 2), (-66, 0, 1), (50, 1, 2), (-44, 0, 1.5), (20, 1, 5), (-3, 0, 2)]
+)
+def test_second_derivatives_of_the_focal_loss_in_a_hard_label(x: float, y: float, gamma: float) -> None:
+    # Of q^γ the derivatives are of q^{γ−1} and q^{γ−2}; a quotient by q² would be one by 0.
+    def exact(y: Any) -> Any:
+        p = 1 / (1 + mpmath.exp(-mpmath.mpf(x)))
+        loss = -y * mpmath.log(p) - (1 - y) * mpmath.log(1 - p)
+        return ((1 - y) * p + y * (1 - p)) ** mpmath.mpf(gamma) * loss
+
+    with mpmath.workdps(60):
+        want = float(mpmath.diff(exact, mpmath.mpf(y), 2, h=mpmath.mpf(10) ** -45))
+    for second in (jax.jacfwd(jax.grad(focal_loss, 1), 1), jax.jacrev(jax.grad(focal_loss, 1), 1)):
+        # A power of x in u, as of the loss, and some products.
+        got = second(float(x), float(y), None, float(gamma))
+        np.testing.assert_allclose(float(got), want, rtol=(32 + 2 * gamma * abs(x)) * U)
+
+
+@pytest.mark.parametrize("x", [1e-6, -1e-6, 1e-4, 0.3, -3.0, 40.0])
+def test_derivatives_in_binary_labels_do_not_cancel(x: float) -> None:
+    x = float(np.float32(x))
+    for weight in (0.0, 1.0, 1.5):
+        got = jax.grad(binary_loss, 1)(x, 1.0, pos_weight=weight)
+        with mpmath.workdps(40):
+            want = float(weight * mpmath.log1p(mpmath.exp(-mpmath.mpf(x))) - mpmath.log1p(mpmath.exp(mpmath.mpf(x))))
+        # (w − 1) log(1 + e^−|x|), with a few roundings, and −x or −wx: of no weight beside 1, x is all.
+        size = abs(weight - 1) * np.log1p(np.exp(-abs(x))) + abs(x) * (weight if x < 0 else 1)
+        assert abs(float(got) - want) <= 8 * U * size
+    with mpmath.workdps(40):
+        p = 1 / (1 + mpmath.exp(-mpmath.mpf(x)))
+        want = float((1 - p) * (2 * (1 - 2 * p) * -mpmath.log(p) - (1 - p) * x))
+    # Near 0 the two terms have one sign; in the tails a power of x in u.
+    np.testing.assert_allclose(float(jax.grad(focal_loss, 1)(x, 1.0)), want, rtol=(32 + 4 * abs(x)) * U)
+
+
 @pytest.mark.parametrize("x", [INF, -INF])
 @pytest.mark.parametrize("label", [0, 1])
 def test_an_infinite_logit_leaves_the_focal_loss_constant_in_gamma(x: float, label: int) -> None:
@@ -285,6 +320,46 @@ def test_the_derivative_in_the_softcap(ratio: float) -> None:
         want = float(p * (mpmath.tanh(u) - u * mpmath.sech(u) ** 2))
     # Some ten roundings; from ½ on the difference makes up to five times as many of those before it.
     np.testing.assert_allclose(float(got), want, rtol=(10 if ratio < 0.5 else 50) * U)
+
+
+@pytest.mark.parametrize("ratio", [-44.0, 0.3, 5.0, 8.0, 12.0, 30.0])
+def test_second_derivatives_of_the_softcap(ratio: float) -> None:
+    # log(1 + e^{c tanh(x/c)}) in x and the cap c. Where e is large its square is, and tanh is 1 to the last bit.
+    cap = 4.0
+    x = np.float32(cap * ratio)
+
+    def loss(x: Any, cap: Any) -> Any:
+        return integer_loss(jnp.stack([x, jnp.zeros_like(x)]), 1, logit_softcap=cap)
+
+    def exact(x: Any, cap: Any) -> Any:
+        return mpmath.log1p(mpmath.exp(cap * mpmath.tanh(x / cap)))
+
+    with mpmath.workdps(120):
+        want = [float(mpmath.diff(exact, (mpmath.mpf(float(x)), cap), n)) for n in ((2, 0), (1, 1), (1, 1), (0, 2))]
+    for outer in (jax.jacfwd, jax.jacrev):
+        for inner in (jax.jacfwd, jax.jacrev):
+            got = jnp.ravel(jnp.array(outer(inner(loss, (0, 1)), (0, 1))(x, cap)))
+            # As of the first derivative, with twice as many steps; what is less than a normal number may be 0.
+            np.testing.assert_allclose(got, want, rtol=200 * U, atol=2.0**-126)
+
+
+@pytest.mark.parametrize("rows", [3, 256, 4096])
+def test_a_cap_leaves_a_likely_label_its_loss(rows: int) -> None:
+    # Alone and in a row, tanh may be rounded to two neighbours, 2e-6 apart once multiplied by the cap; but the label's
+    # logit is the maximum. Beside such rows, one that makes all of them be summed about theirs.
+    tops = np.linspace(58, 66, rows - 1, dtype=np.float32)
+    x = np.zeros((rows, 4), np.float32)
+    x[:-1, 3], x[-1] = tops, -200
+    z = 30 * np.tanh(np.float64(tops) / 30)
+    others = 3 * np.exp(-z)
+    loss, gradient = jax.value_and_grad(lambda x: integer_loss(x, np.full(rows, 3), logit_softcap=30.0).sum())(x)
+    rest = others / (1 + others)
+    # An ulp of tanh, and XLA has up to three, is 30 u of the exponential; the product with the cap has 16.
+    rtol = 128 * U
+    np.testing.assert_allclose(loss - np.float32(np.log(4)), 0, atol=4 * U)
+    np.testing.assert_allclose(gradient[:-1, 3], -rest / np.cosh(np.float64(tops) / 30) ** 2, rtol=rtol)
+    of_each = integer_loss(x, np.full(rows, 3), logit_softcap=30.0)[:-1]
+    np.testing.assert_allclose(of_each, np.log1p(others), rtol=rtol)
 
 
 OF_THREE = pytest.mark.parametrize(
