@@ -155,6 +155,8 @@ def canonical_scalar(
     if np.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}.")
     try:
+        if isinstance(value, (str, bytes)):  # float() would read them
+            raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except jax.errors.ConcretizationTypeError:
         return value

@@ -125,6 +125,7 @@ BAD: list[tuple[Any, str, dict[str, Any], type[Exception]]] = [
     (integer_loss, "label_smoothing", {"label_smoothing": 2}, ValueError),
     (integer_loss, "temperature", {"temperature": 0}, ValueError),
     (integer_loss, "temperature", {"temperature": "warm"}, TypeError),
+    (integer_loss, "temperature", {"temperature": "2"}, TypeError),
     (integer_loss, "z_loss", {"z_loss": -1e-4}, ValueError),
     (integer_loss, "logit_softcap", {"logit_softcap": jnp.ones(2)}, ValueError),
     (integer_loss, "class_weight", {"class_weight": jnp.ones(2)}, ValueError),

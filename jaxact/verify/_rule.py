@@ -32,18 +32,21 @@ def rule(
             they come (a NumPy array of float64 is checked in float64 even where `jax_enable_x64` is off); integer
             arrays are not, and other Python values are constants.
         reference: the same function in JAX, in float64 NumPy, or in mpmath for one number. Without it the reference is
-            what `f` itself computes, in float64 and without its custom rules.
+            what `f` itself computes, in float64 and without its custom rules. (One in NumPy is held against that by
+            differences, and where the two disagree there is no verdict.)
         derivative: the exact derivative, in JAX, NumPy or mpmath: the slopes of an elementwise function, or the
             Jacobians as `jax.jacobian` lays them out.
         modes: "auto" for those that `f` has, or "reverse", "forward" or both, which must then exist.
         order: check derivatives up to this order.
         bound: k in |error| ≤ k·u·Σⱼ|Jᵢⱼ||gⱼ|, u the unit roundoff of the narrowest dtype. By default 8, to which is
             added what inputs off by 8 u would change; in float64, where the oracle is in float64 too, 1024.
-        transforms: under which to check beside plain calls: of "jit", "vmap", "remat". Under "vmap" `args` are rows of
-            a batch so large that XLA takes other kernels than for them alone. Others have a nan or ±inf in them; where
-            one is lost in the batch, a fact of the report says so, and the verdict remains.
+        transforms: under which to check beside plain calls: of "jit", "vmap", "remat". Under "vmap" the (co)tangents
+            are a batch, alone and with `args`, whose batch is so large that XLA takes other kernels than for them
+            alone. Others of its rows have a nan or ±inf in them; where one is lost in the batch, a fact of the report
+            says so, and the verdict remains.
         edges: for an elementwise function, where to check besides: ... for a sweep of all magnitudes and the special
-            values, absent where `f` takes no array of another shape; a dict from input to derivative; or None.
+            values, absent where `f` takes no array of another shape or is not elementwise there; a dict from input to
+            derivative; or None.
         directions: random directions beside the one-hot ones.
         seed: of the random numbers.
 
@@ -52,7 +55,7 @@ def rule(
         failed, "inconclusive".
 
     Raises:
-        TypeError, ValueError: if an argument is not as above.
+        TypeError, ValueError: if an argument is not as above, or one of `args` or of the results is complex.
 
     Numerics:
         The error bound holds for each element and does not grow with the array. Jacobians of up to 2²¹ entries are
