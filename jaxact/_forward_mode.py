@@ -138,8 +138,8 @@ def _not_transposable(f: jax.custom_vjp, error: Exception) -> str:
         f"forward_mode: the backward rule of {name!r} cannot be transposed, so there is no forward mode to derive "
         f"from it ({type(error).__name__}: {str(error).strip() or 'no message'}). Either it is not linear in the "
         "cotangent, or returns another shape or dtype than the argument has, which makes it wrong, or it applies to "
-        "the cotangent an operation without a transpose (lax.while_loop, another custom rule, a kernel). Write the rule "
-        "with transposable operations, or use jax.custom_vjp alone if reverse mode is enough."
+        "the cotangent an operation without a transpose (lax.while_loop, another custom rule, a kernel). Write the "
+        "rule with transposable operations, or use jax.custom_vjp alone if reverse mode is enough."
     )
 
 
