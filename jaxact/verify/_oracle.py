@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxact.verify._differences import along
@@ -118,18 +119,21 @@ def _find_oracle(
     values = _numpy_values(problem, reference) if kind == "numpy" else _jax_values(problem, program)
     credible, zero_error, value = _against_differences(problem, layout, jacobian, doubted, values, rng)
     # In float64 a program may compute something else, as by an eps or by random numbers of another dtype.
-    other = _another(problem.value(), value, problem.unit) if kind is None else np.zeros(problem.m, bool)
+    other = _another(problem.value(), value, problem) if kind is None else np.zeros(problem.m, bool)
     narrow = kind is None and _narrow_inside(problem)
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
     inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(jacobian).any()
-    # Where a reference in NumPy has other differences, what f computes is not what it should.
-    if inexact if credible.all() else kind != "numpy":
+    if inexact or not credible.all():
         exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, values))
         if exactly is not None:
             name = name.replace("in float64, by autodiff", "in mpmath") + (", in mpmath" if kind == "jax" else "")
-            if kind == "numpy":
-                name = f"reference in NumPy, {name_of(reference)}, by differences, and {name}"
             oracle = _exactly(problem, name, layout, exactly, moved)
+            if kind == "numpy":
+                agreed, *_ = _against_differences(problem, layout, oracle.jacobian, oracle.error, values, rng)
+                known = oracle.credible & agreed
+                doubt = oracle.doubt if known.all() else "what f computes and differences of the reference disagree"
+                name = f"reference in NumPy, {name_of(reference)}, by differences, and {name}"
+                oracle = dataclasses.replace(oracle, name=name, credible=known, doubt=doubt)
             if other.any():
                 oracle = dataclasses.replace(oracle, credible=oracle.credible & ~other, doubt=ANOTHER)
             right = oracle.jacobian.map(
@@ -159,11 +163,13 @@ def _find_oracle(
 ANOTHER = "in float64 f computes something else"
 
 
-def _another(narrow: np.ndarray, wide: np.ndarray, unit: float) -> np.ndarray:
-    """Which outputs differ by more than an inaccurate f might: 1/64 of the largest, or 32 units."""
+def _another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarray:
+    """Which outputs differ by more than an inaccurate f might: 1/64 of the largest, 32 units, or what underflows."""
     with np.errstate(all="ignore"):
         apart, size = np.abs(narrow - wide), np.maximum(np.abs(narrow), np.abs(wide))
-        return np.isfinite(apart) & (apart > max(2.0**-6, 32 * unit) * np.max(size, initial=0, where=np.isfinite(size)))
+        largest = np.max(size, initial=0, where=np.isfinite(size))
+        allowed = max(2.0**-6, 32 * problem.unit) * largest + float(ml_dtypes.finfo(problem.dtype).smallest_normal)
+        return np.isfinite(apart) & (apart > allowed)
 
 
 def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved: list[np.ndarray]) -> Oracle:
