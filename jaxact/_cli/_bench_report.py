@@ -175,7 +175,7 @@ def _costs(outcome: Outcome) -> list[str]:
     lines.append(f"Compiling: {np.median([*map(compiling, jit)]):.1f} of the peers' time (median), at most "
                  f"{compiling(most):.1f}, {_name(most)}")  # fmt: skip
     more = sorted((c for c in jit if c.kept and c.kept[0] > c.kept[1] and c.peer != "tokamax"), key=_keeping)
-    worst = {c.function: f"{c.function} {_keeping(c):.3g} times ({c.dtype} {shape_text(c)})" for c in more}
+    worst = {c.function: f"{c.function} {_keeping(c):.4g} times ({c.dtype} {shape_text(c)})" for c in more}
     lines.append(f"Kept for the backward pass, more than by the peer: {'; '.join(worst.values()) or 'by none'}")
     return lines
 

@@ -147,9 +147,11 @@ class Session:
         return others
 
     def other_value(self, problem: Problem, oracle: Oracle) -> tuple[str, int, str, str] | None:
-        """Which of them is not, at which output, and what the two are."""
-        found = _apart(self.other_values(problem, oracle), problem.value(), self._allowed(problem, oracle))
-        return next(found, None)
+        """Which of them is not, at which output, and what the two are. An infinite reference may be one of mpmath's."""
+        others, value = self.other_values(problem, oracle), problem.value()
+        if "the reference" in others:
+            others["the reference"] = np.where(np.isfinite(others["the reference"]), others["the reference"], value)
+        return next(_apart(others, value, self._allowed(problem, oracle)), None)
 
     def _mode(self, mode: str) -> tuple[np.ndarray, Verdicts]:
         problem = self.problem
