@@ -235,7 +235,7 @@ def test_a_large_offset_with_weights_leaves_the_gradient_exact(dtype: str, offse
 def test_a_weight_of_0_has_the_derivative_of_the_gradient_too(others: list[float]) -> None:
     # ∂²/∂aᵢ∂bⱼ at b = (1, 0, …) is δᵢⱼ e^{aⱼ} but in the first row, that of the one weight: −e^{aⱼ} there.
     a, b = jnp.array([0.0, *others]), jnp.zeros(1 + len(others)).at[0].set(1)
-    e = np.exp(np.float64(others))
+    e = np.exp(np.array(others, np.float64))
     want = np.column_stack([np.zeros(len(b)), np.vstack([-e, np.diag(e)])])
     for inner, argnums in ((0, 1), (1, 0)):
         for outer in (jax.jacfwd, jax.jacrev):

@@ -130,13 +130,12 @@ class Session:
 
     def _allowed(self, problem: Problem, oracle: Oracle) -> np.ndarray:
         """How far values may be apart."""
-        conditioning = 0.0
+        size = problem.unit * np.abs(problem.value())
         if self.given_bound is None and oracle.layout.whole:
-            conditioning = problem.unit * oracle.product("forward", np.abs(problem.x)[None]).size[0]
-        floor = 4 * float(ml_dtypes.finfo(problem.dtype).smallest_normal)
-        if oracle.layout.elementwise:
-            floor = floor * (1 + np.abs(problem.x))  # of which a factor may have been flushed to 0
-        return self.bound * (problem.unit * np.abs(problem.value()) + conditioning) + floor
+            size = size + problem.unit * oracle.product("forward", np.abs(problem.x)[None]).size[0]
+        # What is flushed to 0 may have been a factor of the input.
+        factor = 1 + np.abs(problem.x) if oracle.layout.elementwise else 1
+        return self.bound * size + 4 * float(ml_dtypes.finfo(problem.dtype).smallest_normal) * factor
 
     def other_values(self, problem: Problem, oracle: Oracle) -> dict[str, np.ndarray]:
         """What should be the value of f as well."""
