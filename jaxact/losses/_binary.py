@@ -127,7 +127,7 @@ def _binary_cross_entropy_bwd(residuals: Any, g: Array) -> tuple[Array, Array, A
         return x_bar.astype(x.dtype), -g * wide, None
     # w softplus(−x) − softplus(x), of which little would be left near x = 0. The two differ by x.
     less = jnp.where(wide < 0, wide, -wide)
-    y_bar = g * (_times(weight - 1, softplus(less)) - jnp.where(wide < 0, _times(weight, wide), wide))
+    y_bar = g * ((weight - 1) * softplus(less) - jnp.where(wide < 0, _times(weight, wide), wide))
     return x_bar.astype(x.dtype), y_bar, g * _times(y, softplus(-wide))
 
 
@@ -238,7 +238,7 @@ def _focus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, y, gamma), (x_dot, y_dot, gamma_dot) = primals, tangents
     focus, of_logit = _focus(x, y, gamma), gamma * (1 - 2 * y) * _slope_ratio(x, y)
     # Not the power over q, which may be 0 where this is not.
-    of_label = gamma * _focus(x, y, gamma - 1) * _rest_of_label(x)
+    of_label = gamma * _focus(x, y, gamma - 1) * _label_slope(x)
     return focus, focus * of_logit * x_dot + of_label * y_dot + _times(focus, _log_rest(x, y)) * gamma_dot
 
 
@@ -255,7 +255,7 @@ def _log_rest(x: Array, y: Array) -> Array:
 @_log_rest.defjvp
 def _log_rest_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, y), (x_dot, y_dot) = primals, tangents
-    of_label = _rest_of_label(x) / _positive_rest(x, y)
+    of_label = _label_slope(x) / _positive_rest(x, y)
     return _log_rest(x, y), (1 - 2 * y) * _slope_ratio(x, y) * x_dot + of_label * y_dot
 
 
@@ -272,17 +272,17 @@ def _slope_ratio_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x, y), (x_dot, y_dot) = primals, tangents
     ratio, p, rest, q = _slope_ratio(x, y), sigmoid(x), sigmoid(-x), _positive_rest(x, y)
     of_logit = y * rest * (rest / q) - (1 - y) * p * (p / q)
-    return ratio, ratio * (of_logit * x_dot - _rest_of_label(x) / q * y_dot)
+    return ratio, ratio * (of_logit * x_dot - _label_slope(x) / q * y_dot)
 
 
 @jax.custom_jvp
-def _rest_of_label(x: Array) -> Array:
+def _label_slope(x: Array) -> Array:
     """∂q/∂y = 1 − 2σ(x) = −tanh(x/2)."""
     return -jnp.tanh(x / 2)
 
 
 # Written down, since 1 − tanh² is 0 where tanh rounds to 1.
-_rest_of_label.defjvps(lambda x_dot, _, x: -2 * sigmoid(x) * sigmoid(-x) * x_dot)
+_label_slope.defjvps(lambda x_dot, _, x: -2 * sigmoid(x) * sigmoid(-x) * x_dot)
 
 
 def _positive_rest(x: Array, y: Array) -> Array:
@@ -316,7 +316,7 @@ def _focal_loss_bwd(residuals: Any, g: Array) -> Any:
     slope = (1 - y) * sigmoid(wide) - y * sigmoid(-wide)
     x_bar = share * focus * (_times(gamma * (1 - 2 * y) * _slope_ratio(wide, y), loss) + slope)
     # That of the cross-entropy is −x. The power divided by q is another: of their quotient's derivative, q² may be 0.
-    of_labels = _times(gamma * _focus(wide, y, gamma - 1) * _rest_of_label(wide), loss) - _times(focus, wide)
+    of_labels = _times(gamma * _focus(wide, y, gamma - 1) * _label_slope(wide), loss) - _times(focus, wide)
     y_bar = share * of_labels
     alpha_bar = None
     if alpha is not None:

@@ -120,8 +120,10 @@ def _place(shapes: Any, i: int) -> tuple[int, int]:
 
 
 def derivative_along(problem: Problem, f: Any, mode: str, vector: np.ndarray, dtype: Any) -> Any:
-    """The product of f's derivative with a fixed vector, as a function of f's arguments; in a given `dtype` without
-    the rules of f."""
+    """The product of f's derivative with a fixed vector, as a function of f's arguments.
+
+    With a `dtype`, in which the vector then is, that of f without its custom rules.
+    """
     shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
     parts = tuple(p[0] for p in unravel(vector, shapes, dtype))
 

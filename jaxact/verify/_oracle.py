@@ -128,7 +128,7 @@ def _find_oracle(
         if exactly is not None:
             name = name.replace("in float64, by autodiff", "in mpmath") + (", in mpmath" if kind == "jax" else "")
             oracle = _exactly(problem, name, layout, exactly, moved)
-            if kind == "numpy":
+            if kind == "numpy":  # what f computes need not be what it should
                 agreed, *_ = _against_differences(problem, layout, oracle.jacobian, oracle.error, values, rng)
                 known = oracle.credible & agreed
                 doubt = oracle.doubt if known.all() else "what f computes and differences of the reference disagree"

@@ -135,19 +135,19 @@ class Problem:
 
         In reverse mode there is one, of which each leaf has its part; in forward mode one for each leaf.
         """
-        flat, count = self.spec.of_floats(self.f, self.others), len(self.floats)
+        flat = self.spec.of_floats(self.f, self.others)
+        shapes = self.out_shapes if mode == "reverse" else self.in_shapes
 
         def of_leaf(i: int) -> Callable[[Any], Leaves]:
             return lambda leaf: flat(*self.floats[:i], leaf, *self.floats[i + 1 :])
 
         with self.precision():
-            parts = [
-                jnp.asarray(p[0]) for p in unravel(vector, self.out_shapes if mode == "reverse" else self.in_shapes)
-            ]
+            parts = tuple(jnp.asarray(part[0]) for part in unravel(vector, shapes))
             if mode == "reverse":
-                got = [jax.vjp(of_leaf(i), leaf)[1](tuple(parts))[0] for i, leaf in enumerate(self.floats)]
+                got = [jax.vjp(of_leaf(i), leaf)[1](parts)[0] for i, leaf in enumerate(self.floats)]
                 return vector, ravel_one(got)[None]
-            out = [jax.jvp(of_leaf(i), (self.floats[i],), (parts[i],))[1] for i in range(count)]
+            moved = enumerate(zip(self.floats, parts, strict=True))
+            out = [jax.jvp(of_leaf(i), (leaf,), (tangent,))[1] for i, (leaf, tangent) in moved]
         edges = np.cumsum([0, *(int(np.prod(shape)) for shape, _ in self.in_shapes)])
         alone = [np.where((np.arange(self.n) >= a) & (np.arange(self.n) < b), vector[0], 0) for a, b in pairwise(edges)]
         return np.stack(alone), np.stack([ravel_one(y) for y in out])
