@@ -155,6 +155,7 @@ BAD_FILES = {
     "text": (["1,2,3,no", "1,x,3,yes"], "a,b,c,class", "row 2 (line 3), column 'b': 'x' is not a number."),
     "blank": (["1,2,3,no", "", "1,2,,yes"], "a,b,c,class", "row 2 (line 4), column 'c': the cell is blank."),
     "blank label": (["1,2,3, "], "a,b,c,class", "row 1 (line 2), column 'class': the label is blank."),
+    "nan label": (["1,2,3,NaN"], "a,b,c,class", "row 1 (line 2), column 'class': the label is NaN."),
     "nan": (["nan,2,3,no"], "a,b,c,class", "row 1 (line 2), column 'a': 'nan' is not a finite number."),
     "overflow": (["1,2,1e999,no"], "a,b,c,class", "row 1 (line 2), column 'c': '1e999' is not a finite number."),
     "short": (["1,2,3,no", "1,2"], "a,b,c,class", "row 2 (line 3): the number of cells is 2, the header's is 4."),

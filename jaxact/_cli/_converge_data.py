@@ -40,8 +40,8 @@ def read_csv(path: Path, label: str) -> Data:
     at, labels, features = header.index(label), [], []
     for place, row in rows:
         labels.append(row.pop(at))
-        if not labels[-1]:
-            raise ArgumentError(None, f"{place}, column {label!r}: the label is blank.")
+        if labels[-1].lower() in ("", "nan"):
+            raise ArgumentError(None, f"{place}, column {label!r}: the label is {labels[-1] or 'blank'}.")
         features.append(
             [_number(cell, place, name) for cell, name in zip(row, header[:at] + header[at + 1 :], strict=True)]
         )
