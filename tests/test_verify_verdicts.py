@@ -149,6 +149,18 @@ def test_a_program_with_complex_numbers_inside() -> None:
     assert report, str(report)
 
 
+def test_a_program_that_has_another_value_at_one_point() -> None:
+    # Autodiff of logaddexp without its rule has a slope of 0 at a tie, and ½ around it.
+    @jaxact.forward_mode
+    @jax.custom_vjp
+    def softplus(x: Any) -> Any:
+        return jnp.logaddexp(x, 0)
+
+    softplus.defvjp(lambda x: (softplus(x), x), lambda x, g: (g * jaxact.sigmoid(x),))
+    report = brief(softplus, jnp.linspace(-20, 20, 9), order=2, derivative=lambda x: 1 / (1 + jnp.exp(-x)))
+    assert report, str(report)
+
+
 # What is wrong, though in one place alone.
 
 

@@ -43,9 +43,11 @@ def _kink(value: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray
     """Where steps to both sides, each half of the one before, change the value alike, and by half as much each time.
 
     The central difference is the mean of two slopes there, and autodiff may have the same. Where the function is smooth
-    the change falls to a quarter. What is not far above rounding says nothing.
+    the change falls to a quarter, and it does not fall where the value alone is another, as that of a program at a tie
+    may be. What is not far above rounding says nothing.
     """
     with np.errstate(all="ignore"):
         even = np.abs(above / 2 + below / 2 - value)
         size = np.max(np.abs([value, *above, *below]), axis=0)
-        return (even[1:] > 0.4 * even[:-1]).all(0) & (even[-1] > 2.0**-42 * size)
+        ratio = even[1:] / even[:-1]
+        return ((ratio > 0.4) & (ratio < 0.7)).all(0) & (even[-1] > 2.0**-42 * size)
