@@ -340,8 +340,8 @@ def test_second_derivatives_of_the_softcap(ratio: float) -> None:
     for outer in (jax.jacfwd, jax.jacrev):
         for inner in (jax.jacfwd, jax.jacrev):
             got = jnp.ravel(jnp.array(outer(inner(loss, (0, 1)), (0, 1))(x, cap)))
-            # As of the first derivative, with twice as many steps; what is less than a normal number may be 0.
-            np.testing.assert_allclose(got, want, rtol=200 * U, atol=2.0**-126)
+            # As the first derivative in the cap, of terms of either sign; measured 14. What is not normal may be 0.
+            np.testing.assert_allclose(got, want, rtol=50 * U, atol=2.0**-126)
 
 
 @pytest.mark.parametrize("rows", [3, 256, 4096])

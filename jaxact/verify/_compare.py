@@ -73,7 +73,7 @@ def compare(
     if mode == "forward" or oracle.layout.elementwise:
         unresolved |= ~oracle.credible
         wrong &= oracle.credible
-    else:
+    elif oracle.infinite is not None:
         unresolved |= oracle.infinite
         wrong &= ~oracle.infinite
     return Verdicts(got, product, base, wrong, unresolved & ~wrong, floor)

@@ -56,9 +56,9 @@ class Oracle:
     error: Jacobian
     near: list[Jacobian]  # how the entries change when the inputs are off by the bound
     credible: np.ndarray  # outputs whose derivative the oracle knows
-    infinite: np.ndarray  # inputs with an infinite derivative: times a cotangent of 0 that is nan
     doubt: str  # why not the others
     autodiff: bool = True  # whether autodiff of what was differentiated agrees with its differences
+    infinite: np.ndarray | None = None  # inputs with an infinite derivative: times a cotangent of 0 that is nan
 
     def index(self, mode: str) -> np.ndarray:
         return self.layout.rows if mode == "reverse" else self.layout.columns
@@ -110,8 +110,7 @@ def _find_oracle(
     except Exception as error:
         why = f"what f computes cannot be differentiated in float64 ({type(error).__name__})"
         nothing = layout.of_matrix(np.zeros((problem.m, problem.n)))
-        known, infinite = np.zeros(problem.m, bool), np.zeros(problem.n, bool)
-        return Oracle(name, False, layout, nothing, nothing, [nothing], known, infinite, why)
+        return Oracle(name, False, layout, nothing, nothing, [nothing], np.zeros(problem.m, bool), why)
     doubted = jacobian.map(lambda j: 2.0**-50 * np.abs(j))
     for _ in range(3):
         noisy = autodiff(problem, program, layout, rng.choice([-1.0, 1.0], 61))
@@ -156,8 +155,7 @@ def _find_oracle(
     near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
     if kind == "numpy":
         name = f"reference in NumPy, {name_of(reference)}, by differences, and what f computes, by autodiff"
-    infinite = np.zeros(problem.n, bool)
-    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, infinite, doubt))
+    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, doubt))
 
 
 ANOTHER = "in float64 f computes something else"
@@ -176,8 +174,7 @@ def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved:
     jacobian = source(problem.x)
     near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
     error = jacobian.map(lambda j: 2.0**-52 * np.abs(j))
-    known, infinite = np.ones(problem.m, bool), np.zeros(problem.n, bool)
-    return _finished(Oracle(name, True, layout, jacobian, error, near, known, infinite, ""))
+    return _finished(Oracle(name, True, layout, jacobian, error, near, np.ones(problem.m, bool), ""))
 
 
 def _finished(oracle: Oracle) -> Oracle:
