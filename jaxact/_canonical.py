@@ -19,8 +19,11 @@ def require_array(name: str, x: ArrayLike) -> ArrayLike:
     """`x`, if it is an array or a number. Cheap, for use before a jitted call, which would take containers apart."""
     if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
         raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}.")
-    if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "OSUMm":
-        raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}.")
+    if isinstance(x, (np.ndarray, np.generic)):
+        if x.dtype.kind in "OSUMm":
+            raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}.")
+        if not x.dtype.isnative:  # whose bytes a jitted call may take for those of native numbers
+            raise TypeError(f"{name} must have the byte order of this machine, got dtype {x.dtype.str}.")
     return x
 
 
@@ -148,7 +151,7 @@ def canonical_scalar(
 ) -> ArrayLike | None:
     """The value of an option, or None for the literal that does nothing.
 
-    A value that is known is checked. A traced one cannot be.
+    A value that is known is checked, as what it will be in the default float. A traced one cannot be.
     """
     if isinstance(value, (int, float)) and value == nothing:
         return None
@@ -162,6 +165,12 @@ def canonical_scalar(
         return value
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}.") from None
-    if not accept(number):
-        raise ValueError(f"{name} must be {what}, got {number}.")
+    info = jnp.finfo(jnp.result_type(float))
+    if abs(number) < float(info.tiny):
+        rounded = 0.0  # as XLA has it
+    else:
+        rounded = math.copysign(math.inf, number) if abs(number) > float(info.max) else number
+    if not accept(rounded):
+        got = str(number) if rounded is number else f"{number}, which is {rounded} in {info.dtype}"
+        raise ValueError(f"{name} must be {what}, got {got}.")
     return value

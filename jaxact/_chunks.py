@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxact._classes import AxisName, Classes, at_index, vary, varying
+from jaxact._classes import AxisName, Classes, as_row, at_index, vary, varying
 from jaxact._cross_entropy import entropy, label_losses, logit_cotangent, predicted
 from jaxact._forward_mode import forward_mode, of_perturbed
 from jaxact._options import Adjustment, Losses, Options
@@ -274,7 +274,7 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     x = jnp.where(tokens.live[:, None], x, 0)  # 0 times nan, otherwise, in the products
     z = how.product(x, w, 1, 1 - how.class_axis)
     if bias is not None:
-        z = z + bias.astype(z.dtype)
+        z = z + as_row(bias.astype(z.dtype), z.ndim)
 
     weights = options.weights(z.shape[-1], z.dtype)
     smoothing, adjust = options.smoothing_weights(weights, z.dtype), options.adjustment(z)

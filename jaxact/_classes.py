@@ -78,13 +78,20 @@ def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array
     return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
 
 
+def as_row(of_classes: Array, ndim: int) -> Array:
+    """What there is one of for each class, as a row among so many axes: JAX can be told not to add axes by itself."""
+    return jnp.expand_dims(of_classes, range(ndim - 1))
+
+
 def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | None:
     """The weight of each label."""
     if weights is None:
         return None
-    if any(jax.typeof(y).sharding.spec):
-        # Over the explicit axes of a mesh a gather, or its transpose, may be more than JAX can divide.
-        local = jnp.sum(jnp.where(y[..., None] == jnp.arange(weights.shape[0]), weights, 0), -1)
+    if any(jax.typeof(y).sharding.spec) or weights.shape[0] == 0:
+        # A gather needs a class; and over the explicit axes of a mesh it, or its transpose, may be more than JAX can
+        # divide.
+        row, places = (as_row(a, y.ndim + 1) for a in (weights, jnp.arange(weights.shape[0])))
+        local = jnp.sum(jnp.where(y[..., None] == places, row, 0), -1)
     else:
         local = jnp.take(weights, y, mode="clip")
     if axis_name is None:

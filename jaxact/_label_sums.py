@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._canonical import compute_dtype
-from jaxact._classes import Classes
+from jaxact._classes import Classes, as_row
 from jaxact._elementary import exp
 from jaxact._exponentials import at_most, finite, undominated, unless_all
 from jaxact._options import Adjustment
@@ -55,11 +55,12 @@ def _distance(z: Array, y: Array) -> Array:
 
 
 def places_of(z: Array) -> Array:
+    """The place of each class, in one row."""
     # Beyond 2²⁴ not every whole number is a float32. One row: JAX moves out of a loop what is the same in every step,
     # and then keeps it.
     count = z.shape[-1]
     few = isinstance(count, int) and count <= 2**24  # it may be symbolic
-    return jnp.arange(count, dtype=compute_dtype(z.dtype) if few else jnp.int32)
+    return as_row(jnp.arange(count, dtype=compute_dtype(z.dtype) if few else jnp.int32), z.ndim)
 
 
 def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:

@@ -71,7 +71,7 @@ def linear_cross_entropy(
         label_smoothing: ε in [0, 1], spread over the classes that exist: a bias of −inf removes one.
         z_loss: the coefficient of (log Σ e^z)².
         temperature: divides the logits; a scalar > 0.
-        logit_softcap: a positive number C; logits become C·tanh(logits/C) first.
+        logit_softcap: a positive number C ≤ 1e37; logits become C·tanh(logits/C) first.
         reduction: "mean" divides the sum by that of the weights, of token and class, of tokens that count, and is 0
             where that is 0; "sum"; or "none" for the loss of each token.
         chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or somewhat less than

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, static_axis, widen
+from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, require_arrays, static_axis, widen
 from jaxact._classes import alike
 from jaxact._exponentials import UNSHIFTED, Sums, finite, row_sums, total_unshifted, unless_all
 from jaxact._forward_mode import forward_mode
@@ -64,8 +64,7 @@ def logsumexp(
     References:
         jax issues 6811 and 22398.
     """
-    if b is not None:
-        require_array("b", b)
+    require_arrays(b=b, where=where)
     return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, bool(keepdims), bool(return_sign), where)
 
 
@@ -73,10 +72,12 @@ def logsumexp(
 def _logsumexp_of_any(
     a: ArrayLike, axis: Axis, b: ArrayLike | None, keepdims: bool, return_sign: bool, where: ArrayLike | None
 ) -> Any:
-    a = as_float("a", a)
-    if b is not None:
-        b = as_float("b", b)
-        dtype = jnp.promote_types(a.dtype, b.dtype)
+    if b is None:
+        a = as_float("a", a)
+    else:
+        promoted = jnp.result_type(a, b)  # not of the two as floats: an integer, a mask or a number leaves a's dtype
+        a, b = as_float("a", a), as_float("b", b)
+        dtype = promoted if jnp.issubdtype(promoted, jnp.floating) else a.dtype
         try:
             a, b = jnp.broadcast_arrays(a.astype(dtype), b.astype(dtype))
         except ValueError:

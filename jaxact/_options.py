@@ -82,7 +82,7 @@ class Options(NamedTuple):
         check, cap = canonical_scalar, given["logit_softcap"]
         fraction = (lambda e: 0 <= e <= 1, "in [0, 1]")
         coefficient = (lambda z: 0 <= z < math.inf, "finite and not negative")
-        positive = (lambda c: 0 < c < math.inf, "positive and finite")
+        positive = (lambda c: 0 < c <= 1e37, "positive and at most 1e37")  # so that 1/c is a normal number
         return cls(
             canonical_temperature(given["temperature"]),
             check("label_smoothing", given["label_smoothing"], *fraction, nothing=0),

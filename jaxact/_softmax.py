@@ -18,6 +18,7 @@ from jaxact._canonical import (
     divisor,
     masked,
     require_array,
+    require_arrays,
     static_axis,
     widen,
 )
@@ -83,6 +84,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
     References:
         jax issues 40386, 40344, 37234, 17117 and 13529.
     """
+    require_arrays(where=where)
     return _softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 
@@ -190,6 +192,7 @@ def log_softmax(
     References:
         jax issues 40384, 40409, 19490 and 23842.
     """
+    require_arrays(where=where)
     return _log_softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 

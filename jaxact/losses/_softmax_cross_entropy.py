@@ -26,6 +26,7 @@ from jaxact._classes import (
     Classes,
     alike,
     as_divided,
+    as_row,
     at_index,
     label_index,
     not_ignored,
@@ -70,7 +71,7 @@ def softmax_cross_entropy_with_integer_labels(
         temperature: divides the logits; a scalar > 0.
         label_smoothing: ε in [0, 1], spread over the classes that exist.
         z_loss: the coefficient of (log Σ e^z)².
-        logit_softcap: a positive number C; logits become C·tanh(logits/C) first.
+        logit_softcap: a positive number C ≤ 1e37; logits become C·tanh(logits/C) first.
         class_weight: (classes,), one factor for each class, as in PyTorch.
         axis_name: inside `shard_map`, the mesh axis over which the classes are split by hand: `logits`, `where` and
             `class_weight` are then this device's part, and labels count through all parts. With check_vma=False take
@@ -211,7 +212,7 @@ def softmax_cross_entropy(
         temperature: divides the logits; a scalar > 0.
         label_smoothing: ε in [0, 1], spread over the classes that exist.
         z_loss: the coefficient of (log Σ e^z)².
-        logit_softcap: a positive number C; logits become C·tanh(logits/C) first.
+        logit_softcap: a positive number C ≤ 1e37; logits become C·tanh(logits/C) first.
         class_weight: (classes,), one factor for each class, as in PyTorch.
 
     Returns:
@@ -276,7 +277,7 @@ def _of_probabilities(
         count = jnp.maximum(jnp.sum(exists, -1, keepdims=True, dtype=dtype), 1)
         q = (1 - options.label_smoothing) * q.astype(dtype) + jnp.where(exists, options.label_smoothing / count, 0)
     if weights is not None:
-        q = q.astype(dtype) * weights
+        q = q.astype(dtype) * as_row(weights, q.ndim)
     loss, _ = soft_losses(*alike(z, q))
     if options.z_loss is not None:
         loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1) + adjust(peak)))

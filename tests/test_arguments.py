@@ -1,0 +1,121 @@
+"""What may be given, alike for all functions: promotion of ranks and dtypes, byte order, and the range of options."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxact
+from jaxact import losses
+
+X, Y, W = jnp.ones((4, 6)), jnp.array([0, 5, 2, 3]), jnp.ones((6, 9))
+WEIGHTED: dict[str, Any] = {"class_weight": jnp.ones(6), "label_smoothing": 0.1}
+ALL: dict[str, Any] = {"temperature": 0.5, "z_loss": 0.1, "logit_softcap": 3.0, **WEIGHTED}
+integer_loss, dense_loss = losses.softmax_cross_entropy_with_integer_labels, losses.softmax_cross_entropy
+
+CALLS: dict[str, Any] = {
+    "softmax": lambda x: jaxact.softmax(x, where=x > 0, temperature=x[0, 0]),
+    "log_softmax": lambda x: jaxact.log_softmax(x, axis=0),
+    "logsumexp": lambda x: jaxact.logsumexp(x, axis=1, b=x),
+    "integer labels": lambda x: integer_loss(x, Y),
+    "of many classes": lambda x: integer_loss(jnp.tile(x, (1, 2**11)), Y, where=Y > 0),
+    "with options": lambda x: integer_loss(x, Y, **ALL),
+    "soft labels": lambda x: dense_loss(x, x / 6, **WEIGHTED),
+    "soft labels with options": lambda x: dense_loss(x, x / 6, where=x > 0, **ALL),
+    "binary": lambda x: losses.sigmoid_binary_cross_entropy(x, x, pos_weight=x[0]),
+    "focal": lambda x: losses.sigmoid_focal_loss(x, x, 0.25, x[0, 0]),
+    "head": lambda x: jaxact.linear_cross_entropy(x, W, Y, bias=W[0]),
+    "head with options": lambda x: jaxact.linear_cross_entropy(x, W, Y, **ALL | {"class_weight": W[0]}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ranks_are_promoted_explicitly(name: str) -> None:
+    def total(x: Any) -> Any:
+        return CALLS[name](x).sum()
+
+    with jax.numpy_rank_promotion("raise"):
+        # Forward over reverse has what the rule does too. Nothing need be computed.
+        jax.eval_shape(lambda x: jax.jvp(jax.grad(total), (x,), (x,)), X)
+
+
+NUMBERS = [2.0, 2, True, np.arange(3), np.array([True, False, True]), np.ones(3, "float16"), np.ones(3, "float32")]
+
+
+@pytest.mark.parametrize("b", NUMBERS, ids=lambda b: f"{type(b).__name__}-{np.result_type(b)}")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_promote_as_in_jax(dtype: str, b: Any, x64: None) -> None:
+    a = jnp.ones(3, dtype)
+    got = jaxact.logsumexp(a, b=b)
+    assert (got.dtype, got.weak_type) == (jnp.result_type(a, b), False)
+    got = jaxact.logsumexp(b, b=a)
+    assert got.dtype == jnp.result_type(a, b)
+    assert jaxact.logsumexp(np.arange(3), b=np.arange(3)).dtype == jnp.float64
+
+
+def test_a_carry_keeps_its_dtype() -> None:
+    a, mask = jnp.ones(3, "bfloat16"), jnp.array([True, False, True])
+    last, _ = jax.lax.scan(lambda a, _: (jaxact.logsumexp(a, b=mask, keepdims=True) + 0 * a, None), a, None, length=2)
+    np.testing.assert_allclose(np.float32(last), 1 + 2 * np.log(2), rtol=2 * 2.0**-8)  # rounded twice
+
+
+def test_bytes_in_another_order_are_refused() -> None:
+    # A program that has been compiled for native numbers would take their bytes as they are.
+    swapped, one_hot = np.float32(X).astype(np.dtype("f4").newbyteorder()), np.float32(X)
+    labels = np.arange(4, dtype=np.dtype("i4").newbyteorder())
+    calls: list[tuple[str, Any]] = [
+        ("x", lambda: jaxact.softmax(swapped)),
+        ("x", lambda: jaxact.log_softmax(swapped)),
+        ("a", lambda: jaxact.logsumexp(swapped)),
+        ("b", lambda: jaxact.logsumexp(one_hot, b=swapped)),
+        ("logits", lambda: integer_loss(swapped, Y)),
+        ("labels", lambda: integer_loss(one_hot, labels)),
+        ("labels", lambda: losses.sigmoid_binary_cross_entropy(one_hot, swapped)),
+        ("labels", lambda: jaxact.linear_cross_entropy(X, W, labels)),
+    ]
+    native = [jaxact.softmax(one_hot), integer_loss(one_hot, np.arange(4, dtype="i4"))]
+    assert np.isfinite(native[1]).all()
+    for name, call in calls:
+        with pytest.raises(TypeError, match=f"^{name} must have the byte order of this machine, got dtype .[if]4"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", 1e-46), ("temperature", 1e-38), ("temperature", 1e39), ("z_loss", 1e39), ("logit_softcap", 1e-39)],
+)
+def test_an_option_that_float32_does_not_hold_is_refused(option: str, value: float) -> None:
+    match = rf"{option} must be .*, got {re.escape(str(value))}, which is (0.0|inf) in float32"
+    for loss in (integer_loss, lambda x, y, **given: dense_loss(x, X, **given)):
+        with pytest.raises(ValueError, match=match):
+            loss(X, Y, **{option: value})
+    if option == "temperature":
+        with pytest.raises(ValueError, match=match):
+            jaxact.softmax(X, temperature=value)
+        with jax.enable_x64(True):
+            assert np.isfinite(jaxact.softmax(np.ones(3), temperature=value)).all()
+    with pytest.raises(ValueError, match=r"gamma must be finite and not negative, got 1e\+39, which is inf in float32"):
+        losses.sigmoid_focal_loss(X, 1, gamma=1e39)
+
+
+def test_a_cap_whose_inverse_is_not_a_number() -> None:
+    x = jnp.array([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"logit_softcap must be positive and at most 1e37, got 1e\+38"):
+        integer_loss(x, 1, logit_softcap=1e38)
+    np.testing.assert_allclose(integer_loss(x, 1, logit_softcap=1e37), integer_loss(x, 1), rtol=4 * 2.0**-24)
+
+
+def test_no_classes_with_weights() -> None:
+    labels = jnp.array([0, 3, -1])  # none exists
+    assert np.isnan(integer_loss(jnp.zeros((3, 0)), labels, class_weight=jnp.ones(0))).all()
+    assert dense_loss(jnp.zeros((3, 0)), jnp.zeros((3, 0)), class_weight=jnp.ones(0)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("f", [jaxact.softmax, jaxact.log_softmax, jaxact.logsumexp])
+def test_a_mask_is_an_array(f: Any) -> None:
+    for mask in ("a", [True] * 6):
+        with pytest.raises(TypeError, match=r"where must be an array or a number, got (str|list)"):
+            f(X, where=mask)
