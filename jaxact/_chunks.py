@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxact._classes import AxisName, Classes, as_row, at_index, vary, varying
-from jaxact._cross_entropy import entropy, label_losses, logit_cotangent, predicted
+from jaxact._cross_entropy import entropy, entropy_cotangent, label_losses, logit_cotangent, predicted
 from jaxact._forward_mode import forward_mode, of_perturbed
 from jaxact._options import Adjustment, Losses, Options
 
@@ -70,9 +70,10 @@ class Rows(NamedTuple):
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_total(how: How, operands: Operands, tokens: Tokens, weight: Array) -> Array:
-    """The weighted sum of the losses."""
-    return jnp.sum(weighted(sweep(how, operands, tokens)[0].loss, weight))
+def weighted_total(how: How, operands: Operands, tokens: Tokens, weight: Array) -> tuple[Array, Rows]:
+    """The weighted sum of the losses; and the rows, as constants."""
+    rows, _ = sweep(how, operands, tokens)
+    return jnp.sum(weighted(rows.loss, weight)), rows
 
 
 def weighted(loss: Array, weight: Array) -> Array:
@@ -89,11 +90,12 @@ def _total_fwd(how: How, *arguments: Any) -> Any:
     # are at hand.
     perturbed, (operands, tokens, weight) = _perturbed(arguments[0]), _values(arguments)
     rows, gradients = sweep(how, operands, tokens, Rows(weight, jnp.zeros_like(weight)), perturbed)
-    return jnp.sum(weighted(rows.loss, weight)), (gradients, _samples(operands), _counted(rows.loss, weight))
+    total = jnp.sum(weighted(rows.loss, weight))
+    return (total, rows), (gradients, _samples(operands), _counted(rows.loss, weight))
 
 
-def _total_bwd(how: How, residuals: Any, g: Array) -> Any:
-    gradients, samples, loss = residuals
+def _total_bwd(how: How, residuals: Any, cotangents: Any) -> Any:
+    (gradients, samples, loss), (g, _) = residuals, cotangents
     return _cotangents(how, jax.tree.map(lambda a: g * a, gradients), samples), None, g * loss
 
 
@@ -288,8 +290,8 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     loss, pull_loss = jax.vjp(loss_of, losses, options)
     rows = Rows(loss, losses.lse)
     if how.extras:
-        nats, pull_entropy = entropy(adjusted, total, how.classes)
-        rows = Rows(loss, losses.lse, jnp.where(tokens.live, nats, 0), predicted(adjusted, how.classes))
+        nats = entropy(how.classes, adjusted, total)
+        rows = Rows(loss, losses.lse, jnp.where(tokens.live, nats[..., 0], 0), predicted(adjusted, how.classes))
     if g is None:
         return sums, (rows, None)
 
@@ -300,8 +302,9 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     z_bar, smoothing_bar = logit_cotangent(
         adjusted, tokens.y, tokens.live, smoothing, losses.nll, total, losses_bar, how.classes
     )
-    if how.extras:
-        z_bar = z_bar + jnp.where(tokens.live[:, None], pull_entropy(g.entropy), 0)
+    if g.entropy is not None:
+        entropy_bar = entropy_cotangent(how.classes, adjusted, total, nats, g.entropy[:, None])
+        z_bar = z_bar + jnp.where(tokens.live[:, None], entropy_bar, 0)
     z_bar, adjust_bar = pull_adjust(z_bar)
     # The adjustment and the weights of smoothing are the options themselves.
     of_adjust = {"temperature": adjust_bar.temperature, "logit_softcap": adjust_bar.cap, "class_weight": smoothing_bar}

@@ -207,12 +207,35 @@ def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
 _log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
 
 
-def entropy(z: Array, total: Total, classes: Classes) -> tuple[Array, Any]:
-    """H = −Σ p log p of each row, in nats, and the cotangent of the logits as a function of its cotangent."""
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def entropy(classes: Classes, z: Array, total: Total) -> Array:
+    """H = −Σ p log p of each row, in nats, with the class axis kept."""
+    # With m the maximum and S = Σ e^{z − m} it is log S + Σ e^{z − m} (m − z)/S, of terms that are all positive or 0.
+    peak = finite(classes.max(z))
+    d = below(peak, z, ())
+    e = jnp.exp(d)
+    others, ties = sum_below_maximum(e, z, peak, (), classes.sum)
+    distances = classes.sum(e * -jnp.maximum(d, -1000.0))  # where e is 0, finite
+    return jnp.log1p(others + jnp.maximum(ties - 1, 0)) + distances / jnp.maximum(others + ties, 1)
+
+
+def _entropy_fwd(classes: Classes, z: Array, total: Total) -> Any:
+    h = entropy(classes, z, total)
+    return h, (z, total, h)
+
+
+def _entropy_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
+    z, total, h = residuals
+    return entropy_cotangent(classes, z, total, h, g), None
+
+
+entropy.defvjp(_entropy_fwd, _entropy_bwd)
+
+
+def entropy_cotangent(classes: Classes, z: Array, total: Total, h: Array, g: Array) -> Array:
     p = _probabilities(classes, z, total)
-    terms = jnp.where(p > 0, _log_probabilities(classes, z, total), 0)
-    h = -classes.sum(p * terms)
-    return h[..., 0], lambda g: -g[..., None] * p * (terms + h)
+    return -g * p * (jnp.where(p > 0, _log_probabilities(classes, z, total), 0) + h)
 
 
 def predicted(z: Array, classes: Classes) -> Array:

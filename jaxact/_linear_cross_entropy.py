@@ -55,8 +55,9 @@ def linear_cross_entropy(
 
     The loss of a token is that of `jaxact.losses.softmax_cross_entropy_with_integer_labels`, times its weight. Logits
     exist for `chunk` tokens at a time. Where "mean" or "sum" is differentiated, the gradients are formed along with the
-    loss, in three matrix products (6NDV operations); "none" and a differentiated `return_aux` form the logits once more
-    (8NDV). An argument that is not differentiated costs no product, and an evaluation one alone.
+    loss, in three matrix products (6NDV operations), with `return_aux` too; "none" forms the logits once more (8NDV).
+    Where what `return_aux` returns is differentiated, that is three products more, but with "none" no more. An argument
+    that is not differentiated costs no product, and an evaluation one alone.
 
     Args:
         x: (..., D), the features of each token.
@@ -76,6 +77,7 @@ def linear_cross_entropy(
             where that is 0; "sum"; or "none" for the loss of each token.
         chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or somewhat less than
             the gradient of `w` takes if that is more. Second derivatives of "mean" and "sum" take a quarter of it.
+            With `return_aux` there are up to five arrays of that size.
         accum_dtype: float32 or float64, what the products and the gradient of `w` are accumulated in; never narrower
             than `x`.
         precision: of the products, as for `jax.numpy.matmul`.
@@ -232,12 +234,8 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
     weight = jnp.where(live, jnp.where(exists, weight, jnp.nan), 0)
     given = Operands(x.reshape(labels.size, x.shape[-1]), w, bias, options), Tokens(y, live)
     loss: Array
-    rows: Any
-    if reduction == "none" or how.extras:
-        rows, _ = sweep(how, lax.stop_gradient(given[0]), given[1])
-        rows = attached(how, *given, rows._replace(predicted=None))._replace(predicted=rows.predicted)
     if reduction == "none":
-        loss = weighted(rows.loss, weight).reshape(shape)
+        rows, _ = sweep(how, lax.stop_gradient(given[0]), given[1])
     else:
         share = jnp.ones((), dtype)
         if reduction == "mean":
@@ -246,7 +244,12 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
             share = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
         # The cotangents of the logits divided by the number of tokens could vanish in float16.
         late, early = (share, 1) if x.dtype == jnp.float16 else (1, share)
-        loss = late * how.over_batch(weighted_total(how._replace(extras=False), *given, early * weight))
+        loss, rows = weighted_total(how, *given, early * weight)
+        loss = late * how.over_batch(loss)
+    if reduction == "none" or how.extras:
+        rows = attached(how, *given, rows._replace(predicted=None))._replace(predicted=rows.predicted)
+    if reduction == "none":
+        loss = weighted(rows.loss, weight).reshape(shape)
     if not how.extras:
         return loss
     number = jnp.where(live, rows.predicted, -1)

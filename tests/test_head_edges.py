@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.interpreters import partial_eval as pe
 
 import jaxact
 
@@ -194,12 +195,22 @@ def test_products_per_chunk() -> None:
     def loss(x: Any, w: Any, bias: Any, reduction: str = "mean") -> Any:
         return head(x, w, Y, bias=bias, reduction=reduction, chunk=N).sum()
 
+    def with_aux(x: Any, w: Any, bias: Any) -> Any:
+        return head(x, w, Y, bias=bias, chunk=N, return_aux=True)
+
+    def of_aux(*args: Any) -> Any:
+        loss, aux = with_aux(*args)
+        return loss + aux.log_sum_exp.sum()
+
     none = functools.partial(loss, reduction="none")
     for f, want in (
         (loss, 1), (none, 1), (jax.grad(loss, (0, 1, 2)), 3), (jax.value_and_grad(loss, 0), 2), (jax.grad(loss, 1), 2),
         (jax.grad(loss, 2), 1), (jax.grad(none, (0, 1)), 4), (jax.grad(none, 0), 3), (jax.grad(none, 2), 2),
+        (with_aux, 1), (jax.value_and_grad(with_aux, (0, 1), has_aux=True), 3), (jax.grad(of_aux, (0, 1)), 6),
     ):  # fmt: skip
-        assert products(jax.make_jaxpr(f)(X, W, BIAS).jaxpr) == want
+        closed = jax.make_jaxpr(f)(X, W, BIAS)
+        # What nothing uses is left out, as under jit.
+        assert products(pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0]) == want
 
 
 @REDUCTIONS
