@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Key
 
 from jaxact._canonical import as_float, canonical_int, canonical_scalar
+from jaxact._classes import label_index
 from jaxact._logsumexp import logsumexp
 from jaxact._sigmoid import sigmoid, softplus
 from jaxact._softmax import softmax
@@ -79,7 +80,7 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
         >>> print(cross_entropy(jnp.array([[-30.0, 0.0, 0.0]]), jnp.array([1])).round(4))
         [0.6931]
     """
-    exists = (y >= 0) & (y < max(z.shape[1], 2))
+    _, exists = label_index(y, max(z.shape[1], 2), None)
     return jnp.where(exists, softplus(log_odds_against(z, y)), jnp.nan)
 
 
@@ -265,6 +266,10 @@ def _checked_data(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
         raise ValueError(f"x must have at least one row and one column, got shape {features.shape}.")
     if not (jnp.issubdtype(features.dtype, jnp.floating) or jnp.issubdtype(features.dtype, jnp.integer)):
         raise ValueError(f"x must be numeric, got dtype {features.dtype}.")
+    if jnp.issubdtype(features.dtype, jnp.integer):
+        features = features.astype(float)
+    with np.errstate(over="ignore"):
+        features = features.astype(jax.dtypes.canonicalize_dtype(features.dtype))  # as JAX has it
     if not np.isfinite(features).all():
         row, column = np.argwhere(~np.isfinite(features))[0]
         raise ValueError(f"x must be finite, got {features[row, column]} in row {row}, column {column}.")
@@ -273,8 +278,7 @@ def _checked_data(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
         raise ValueError(f"y must hold labels 0 and 1, got {classes.tolist()[:5]}.")
     if len(classes) < 2:
         raise ValueError(f"y must hold both classes, got only {classes.tolist()[0]}.")
-    array = jnp.asarray(features if jnp.issubdtype(features.dtype, jnp.floating) else features.astype(float))
-    return array, jnp.asarray(labels.astype(np.int32))
+    return jnp.asarray(features), jnp.asarray(labels.astype(np.int32))
 
 
 def _train(

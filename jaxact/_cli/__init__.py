@@ -6,6 +6,7 @@ sentence, with exit status 2. Modules import what is heavy or optional in `run`,
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Runs the command in `argv`, by default the command line's, and exits with its status."""
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a user's labels may not exist in the terminal's encoding
     parser = _Parser(
@@ -45,5 +48,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(COMMANDS[arguments.command].run(arguments))
     except argparse.ArgumentError as error:
         command.error(str(error))
+    except OSError as error:  # what is printed may have nowhere to go
+        command.error(f"cannot write: {error.strerror or error}")
     except KeyboardInterrupt:
         command.exit(130, f"{command.prog}: interrupted.\n")

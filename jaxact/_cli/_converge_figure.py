@@ -46,10 +46,11 @@ def draw(outcome: Outcome) -> Figure:
 
 def _settings(outcome: Outcome) -> str:
     data, settings, rate = outcome.data, outcome.settings, outcome.settings.learning_rate
+    decay = f" (weight decay {outcome.weight_decay:g} for the softmax)" if outcome.weight_decay else ""
     return (
         f"{_shortened(data.name, 60)}: {len(data.y)} examples, {len(data.features)} features, standardised.\n"
-        f"Full-batch {settings.optimizer}, {settings.steps} steps, learning rate "
-        f"{rate if settings.unmatched else 2 * rate:g} for the sigmoid and {rate:g} for the softmax, "
+        f"Full-batch {settings.optimizer}{decay}, {settings.steps} {'step' if settings.steps == 1 else 'steps'}, "
+        f"learning rate {rate if settings.unmatched else 2 * rate:g} for the sigmoid and {rate:g} for the softmax, "
         f"{'float64' if settings.float64 else 'float32'}."
     )
 
@@ -59,17 +60,19 @@ def _losses(axes: Axes, twins: Twins) -> None:
     log_steps(axes, len(twins.sigmoid.loss))
     axes.margins(y=0.12)  # room for the labels
     steps = np.arange(1, len(twins.sigmoid.loss) + 1)
-    axes.plot(steps, twins.sigmoid.loss, **PALE)
-    axes.plot(steps, twins.softmax.loss, color=SOFTMAX, linewidth=2.2, linestyle=(0, (4, 2.5)))
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, twins.sigmoid.loss, **PALE, marker=marker, markersize=9)
+    axes.plot(steps, twins.softmax.loss, color=SOFTMAX, linewidth=2.2, linestyle=(0, (4, 2.5)), marker=marker)
     axes.set(yscale="log", ylabel="mean cross-entropy (nats per example)")
     low, high = axes.get_ylim()
     if high / low < 1000:  # few enough decades to have marks between them
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 5 else range(1, 10)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     early, late = (int(len(steps) ** power) - 1 for power in (0.15, 0.5))
     point_out(axes, "sigmoid", SIGMOID, (steps[early], twins.sigmoid.loss[early]), (45, 22))
-    point_out(axes, "softmax", SOFTMAX, (steps[late], twins.softmax.loss[late]), (-40, -34))
+    side = -1 if late else 1  # of few steps, it is at the left edge
+    point_out(axes, "softmax", SOFTMAX, (steps[late], twins.softmax.loss[late]), (40 * side, -34))
 
 
 def _gaps(axes: Axes, outcome: Outcome) -> None:
@@ -78,8 +81,9 @@ def _gaps(axes: Axes, outcome: Outcome) -> None:
     with np.errstate(all="ignore"):
         logs = {name: np.log10(outcome.twins[name].relative_gap) for name in COLOURS}
     finite = np.concatenate([log[np.isfinite(log)] for log in logs.values()])
-    low, high = (np.floor(finite.min()), finite.max()) if finite.size else (-8.0, -6.0)
-    high = max(high, low + 2)
+    low, high = (float(np.floor(finite.min())), float(finite.max())) if finite.size else (-8.0, -6.0)
+    high = min(max(high, low + 2), 0.0)  # none is above 1
+    low = min(low, high - 2)
     band = 0.45 * (high - low)
     log_steps(axes, outcome.settings.steps)
     axes.axhspan(low - band, low, color=BAND, linewidth=0)

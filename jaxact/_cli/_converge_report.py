@@ -34,6 +34,7 @@ class Outcome:
 
     data: Data
     settings: argparse.Namespace
+    weight_decay: float  # of the softmax model; the sigmoid has half, at twice the rate
     twins: dict[str, Twins]
     decision: Decision
 
@@ -117,7 +118,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     return plain(
         {
             "verdict": f"The two classifiers are {outcome.verdict}.",
-            "settings": {key: settings[key] for key in keys} | {"csv": settings["csv"] and str(settings["csv"])},
+            "settings": {key: settings[key] for key in keys}
+            | {"csv": settings["csv"] and str(settings["csv"]), "weight_decay": outcome.weight_decay},
             "data": {
                 "name": data.name,
                 "examples": len(data.y),

@@ -38,7 +38,7 @@ def _message(outcome: Outcome) -> tuple[str, str]:
     if not ratio(costs) > 1.1:
         return "linear_cross_entropy trains like the dense head", gap
     memory = " instead of ".join(_bytes(costs[name].memory or 0) for name in (FUSED, DENSE))
-    title = f"linear_cross_entropy: the same training, {ratio(costs):.0f} times less memory"
+    title = f"linear_cross_entropy: the same training, {_times(ratio(costs))} times less memory"
     return title, f"{gap}. With {largest:,} classes a step needs {memory}"
 
 
@@ -69,8 +69,9 @@ def _losses(axes: Axes, outcome: Outcome) -> None:
 
 
 def _memory(axes: Axes, outcome: Outcome) -> None:
-    heading(axes, "Memory of a training step: a chunk of logits, not all")
     sizes = np.array(list(outcome.costs))
+    chunked = 4 * outcome.settings.batch * sizes.max() > CHUNK_BYTES
+    heading(axes, "Memory of a training step" + (": a chunk of logits, not all" if chunked else ""))
     memory = {name: np.array([c[name].memory or np.nan for c in outcome.costs.values()]) / 2**20 for name in NAMES}
     dense, fused = memory.values()
     axes.set_xscale("log")
@@ -91,13 +92,17 @@ def _memory(axes: Axes, outcome: Outcome) -> None:
     middle, chunk = len(sizes) // 2, _bytes(CHUNK_BYTES)
     whole = f"{NAMES[DENSE]}\n{outcome.settings.batch:,} × V logits at once"
     point_out(axes, whole, BLUE, (sizes[middle], dense[middle]), (-40, 40))
-    part = f"{NAMES[FUSED]}\n{chunk} of logits at a time"
+    part = NAMES[FUSED] + (f"\n{chunk} of logits at a time" if chunked else "")
     point_out(axes, part, ORANGE, (sizes[max(middle - 1, 0)], fused[max(middle - 1, 0)]), (35, -60))
     if ratio(outcome.costs[int(sizes[-1])]) > 1.1:
         arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 8, "shrinkB": 8}
         axes.annotate("", (sizes[-1], fused[-1]), (sizes[-1], dense[-1]), arrowprops=arrow)
-        text, at = f"{dense[-1] / fused[-1]:.0f}×", (sizes[-1], np.sqrt(dense[-1] * fused[-1]))
+        text, at = f"{_times(dense[-1] / fused[-1])}×", (sizes[-1], np.sqrt(dense[-1] * fused[-1]))
         axes.annotate(text, at, (10, 0), textcoords="offset points", size=20, weight="bold", color=INK, va="center")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def _bytes(number: float) -> str:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--csv", type=Path, metavar="FILE", help="your data, with a header (default: Wisconsin breast cancer)")
     add("--label", metavar="COLUMN", help="the column of FILE with the class; every other column is a feature")
-    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: %(default)s")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="default: %(default)s; adamw: with weight decay 0.01")
     add("--learning-rate", type=positive, default=0.1, metavar="RATE", help="default: %(default)s; sigmoid: twice")
     add("--steps", type=steps, default=5000, metavar="N", help="default: %(default)s")
     add("--float64", action="store_true", help="compute in float64 instead of float32")
@@ -56,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.csv is None) != (arguments.label is None):
         given, missing = ("--csv", "--label") if arguments.label is None else ("--label", "--csv")
         raise ArgumentError(None, f"{given} needs {missing}.")
+    dtype = np.float64 if arguments.float64 else np.float32
+    if not float(np.finfo(dtype).tiny) <= arguments.learning_rate <= float(np.finfo(dtype).max) / 2:
+        raise ArgumentError(None, f"--learning-rate {arguments.learning_rate} is out of the range of {dtype.__name__}.")
     require("demo", "optax", "matplotlib", "rich", *(["sklearn"] if arguments.csv is None else []))
     data = breast_cancer() if arguments.csv is None else read_csv(arguments.csv, arguments.label)
     make_directory(arguments.out)
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     with jax.enable_x64(arguments.float64):
-        outcome = _experiment(data, arguments, console)
+        outcome = _experiment(data, dtype, arguments, console)
     console.print(table(outcome))
     console.print(f"The two classifiers are {outcome.verdict}.", soft_wrap=True)
     written = _write(outcome, arguments.out)
@@ -86,7 +89,7 @@ def peer_loss(params: Params, x: Array, y: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
 
 
-def _experiment(data: Data, settings: argparse.Namespace, console: "Console") -> Outcome:
+def _experiment(data: Data, dtype: Any, settings: argparse.Namespace, console: "Console") -> Outcome:
     """Both pairs of twins, from one starting point."""
     import optax
     from rich.progress import Progress
@@ -94,7 +97,7 @@ def _experiment(data: Data, settings: argparse.Namespace, console: "Console") ->
     optimizer, options, weight_decay = OPTIMIZERS[settings.optimizer]
     train = functools.partial(
         classifiers.train_twins,
-        data.x.astype(np.float64 if settings.float64 else np.float32),
+        data.x.astype(dtype),
         data.y,
         optimizer=functools.partial(getattr(optax, optimizer), **options),
         learning_rate=settings.learning_rate,
@@ -115,7 +118,7 @@ def _experiment(data: Data, settings: argparse.Namespace, console: "Console") ->
                 bar.update(task, completed=done)
 
             twins[name] = train(**loss, progress=show)
-    return Outcome(data, settings, twins, _decision(twins[OURS], jnp.asarray(train.args[0])))
+    return Outcome(data, settings, weight_decay, twins, _decision(twins[OURS], jnp.asarray(train.args[0])))
 
 
 def _decision(twins: Twins, x: Array) -> Decision:

@@ -205,7 +205,7 @@ def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds:
 
 
 def _table(rows: list[Row], width: int) -> "Table":
-    """Without the oracle where the terminal is narrow."""
+    """Without the oracle where the terminal is narrow, and where it is narrower still, with long names folded."""
     from rich import box
     from rich.table import Table
 
@@ -214,7 +214,8 @@ def _table(rows: list[Row], width: int) -> "Table":
     for column in table.columns:
         column.no_wrap = True
         column.justify = "right" if column.header in ("worst u", "max ulp", "mutants", "s") else "left"
-    table.columns[0].max_width = max(14, width - 66)  # what is short of room is the name
+    name = table.columns[0]
+    name.no_wrap, name.overflow, name.max_width = False, "fold", max(14, width - 66)
     for row in rows:
         table.add_row(*row[: len(shown)], style={"refuted": "red", "inconclusive": "yellow"}.get(row[2]))
     return table
