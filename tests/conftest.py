@@ -1,15 +1,18 @@
 """Flags and the strict configuration.
 
 `pytest` runs with JAX as a user finds it. `pytest --strict-jax` runs the same tests with strict dtype promotion and
-the tracer-leak check. `pytest --exhaustive` adds the tests that take long.
+the tracer-leak check. `pytest --exhaustive` adds the tests that take long, and every combination of parameters.
 """
 
+import collections
+import itertools
 import json
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -27,11 +30,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--exhaustive"):
-        skip = pytest.mark.skip(reason="takes long; run with --exhaustive")
-        for item in items:
-            if "exhaustive" in item.keywords:
-                item.add_marker(skip)
+    if config.getoption("--exhaustive"):
+        return
+    skip = pytest.mark.skip(reason="takes long; run with --exhaustive")
+    tests: dict[Any, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if "exhaustive" in item.keywords:
+            item.add_marker(skip)
+        elif hasattr(item, "callspec"):
+            tests[item.path, item.function].append(item)  # type: ignore[attr-defined]
+    for cases in tests.values():
+        for item in _superfluous(cases):
+            item.add_marker(skip)
+
+
+def _superfluous(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """The cases of a test without which each value of each parameter is still in one, and of three or more each pair.
+
+    What stands in one `parametrize` is one parameter, so a test with a list of cases loses none.
+    """
+
+    def combinations(case: Any) -> set[Any]:
+        marks = [mark.args[0] for mark in case.iter_markers("parametrize")]
+        groups = [[name.strip() for name in m.split(",")] if isinstance(m, str) else m for m in marks]
+        values = [tuple(id(case.callspec.params[name]) for name in group) for group in groups]
+        return set(itertools.combinations(enumerate(values), 1 if len(values) < 3 else 2))
+
+    left = [(case, combinations(case)) for case in cases]
+    todo = set[Any]().union(*(found for _, found in left))
+    while todo:
+        case, found = max(left, key=lambda pair: len(todo & pair[1]))
+        todo -= found
+        left.remove((case, found))
+    return [case for case, _ in left]
 
 
 @pytest.fixture

@@ -71,11 +71,12 @@ HOW: dict[str, Callable[[tuple[str, ...]], Function]] = {
 }
 
 
-# Fourth order compiles slowly; two ways must do, and the eager one in a quick run: what is compiled there is the same,
-# but in pieces.
+# From third order on it compiles slowly. In a quick run one way must do: of third order the one in which most can go
+# wrong, of fourth the eager one, where what is compiled is the same, but in pieces.
+QUICK = {3: ["of a scan"], 4: ["eager"]}
 CASES = [
     pytest.param(
-        n, how, id="-".join((*n, how)), marks=[pytest.mark.exhaustive] if len(n) == 4 and how == "vmap" else []
+        n, how, id="-".join((*n, how)), marks=[] if how in QUICK.get(len(n), HOW) else [pytest.mark.exhaustive]
     )
     for n in NESTINGS
     for how in HOW

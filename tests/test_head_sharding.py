@@ -89,42 +89,60 @@ def test_meshes_with_automatic_axes(on_eight_devices: Callable[..., str]) -> Non
     assert on_eight_devices(program, COMMON).strip() == "agreed"
 
 
-def test_meshes_with_explicit_axes(on_eight_devices: Callable[..., str]) -> None:
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.exhaustive)])
+def test_meshes_with_explicit_axes(reduction: str, on_eight_devices: Callable[..., str]) -> None:
     program = """
-        explicit = mesh(AxisType.Explicit)
+        explicit, counts = mesh(AxisType.Explicit), []
         with jax.set_mesh(explicit):
-            args, counts = put(explicit, ARRAYS), []
-            for r in REDUCTIONS:
-                for chunk in (4, 16):
-                    got, count = compiled(functools.partial(value_and_gradients, reduction=r, chunk=chunk), args)
-                    agree(got, want(r))
-                    x_bar, w_bar, bias_bar = got[1]
-                    assert jax.typeof(x_bar).sharding.spec == P("data", None)
-                    assert jax.typeof(w_bar).sharding.spec == P(None, "model")
-                    counts.append(count)
-                # Many chunks are a loop: what is in it stands in the program once. w's gradient is outside.
-                assert counts[-2] == counts[-1], counts
-            f = value_and_gradients
+            args = put(explicit, ARRAYS)
+            for chunk in (4, 16):
+                f = functools.partial(value_and_gradients, reduction=REDUCTION, chunk=chunk)
+                got, count = compiled(f, args)
+                agree(got, want(REDUCTION))
+                x_bar, w_bar, bias_bar = got[1]
+                assert jax.typeof(x_bar).sharding.spec == P("data", None)
+                assert jax.typeof(w_bar).sharding.spec == P(None, "model")
+                counts.append(count)
+            # Many chunks are a loop: what is in it stands in the program once. w's gradient is outside.
+            assert counts[0] == counts[1], counts
+
+            def pushed(x, w, bias, y, weight):
+                f = lambda x, w, bias: loss(x, w, bias, y, weight, reduction=REDUCTION)
+                return jax.jvp(f, (x, w, bias), (x, 2 * w, -bias))
+            value, pushforward = compiled(pushed, args)[0]
+            agree(value, want(REDUCTION)[0])
+            terms = [np.float64(a) * b for a, b in zip(want(REDUCTION)[1], (X, 2 * W, -BIAS))]
+            # As of the gradients, which are multiplied by numbers of size 1 and added.
+            allowed = 1e-5 * sum(abs(t).sum() for t in terms)
+            assert abs(float(pushforward) - sum(t.sum() for t in terms)) <= allowed
+        print("agreed")
+    """
+    assert on_eight_devices(program.replace("REDUCTION", repr(reduction)), COMMON).strip() == "agreed"
+
+
+@pytest.mark.exhaustive
+def test_axes_of_which_some_are_explicit(on_eight_devices: Callable[..., str]) -> None:
+    program = """
+        explicit, f = mesh(AxisType.Explicit), value_and_gradients
+        with jax.set_mesh(explicit):
             agree(compiled(f, put(explicit, ARRAYS, None))[0], want("mean"))
             agree(compiled(f, put(explicit, ARRAYS, "data", None))[0], want("mean"))
             agree(compiled(f, put(explicit, ARRAYS, ("data", "model"), None))[0], want("mean"))
-            for r in REDUCTIONS:
-                def pushed(x, w, bias, y, weight):
-                    f = lambda x, w, bias: loss(x, w, bias, y, weight, reduction=r)
-                    return jax.jvp(f, (x, w, bias), (x, 2 * w, -bias))
-                value, pushforward = compiled(pushed, args)[0]
-                agree(value, want(r)[0])
-                terms = [np.float64(a) * b for a, b in zip(want(r)[1], (X, 2 * W, -BIAS))]
-                # As of the gradients, which are multiplied by numbers of size 1 and added.
-                allowed = 1e-5 * sum(abs(t).sum() for t in terms)
-                assert abs(float(pushforward) - sum(t.sum() for t in terms)) <= allowed
+        print("agreed")
+    """
+    assert on_eight_devices(program, COMMON).strip() == "agreed"
 
-            def extras(x, w, y):
-                loss, aux = head(x, w, y, return_aux=True)
-                return loss + (aux.log_sum_exp * aux.entropy).sum(), aux
-            x, w, _, y, _ = args
+
+def test_auxiliary_on_explicit_axes(on_eight_devices: Callable[..., str]) -> None:
+    program = """
+        def extras(x, w, y):
+            loss, aux = head(x, w, y, return_aux=True)
+            return loss + (aux.log_sum_exp * aux.entropy).sum(), aux
+        explicit = mesh(AxisType.Explicit)
+        with jax.set_mesh(explicit):
+            x, w, _, y, _ = put(explicit, ARRAYS)
             got, _ = jax.jit(jax.grad(extras, (0, 1), has_aux=True))(x, w, y)
-        agree(got, jax.grad(extras, (0, 1), has_aux=True)(X, W, Y)[0])
+        agree(got, jax.jit(jax.grad(extras, (0, 1), has_aux=True))(X, W, Y)[0])
         print("agreed")
     """
     assert on_eight_devices(program, COMMON).strip() == "agreed"
@@ -215,7 +233,7 @@ def test_shard_map(check_vma: bool, on_eight_devices: Callable[..., str]) -> Non
     "way",
     [
         pytest.param("auto", marks=pytest.mark.exhaustive),
-        "explicit",
+        pytest.param("explicit", marks=pytest.mark.exhaustive),
         "check_vma",
         pytest.param("no check_vma", marks=pytest.mark.exhaustive),
     ],
@@ -279,7 +297,8 @@ def agrees(*processes: Any) -> None:
 
 
 # The program is that of one process, in which both reductions are tested; here it is devices that are far apart.
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_two_processes(reduction: str) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
