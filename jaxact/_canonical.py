@@ -61,8 +61,8 @@ def rounded_once(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def in_compute_dtype(x: Array, *args: Any) -> Any:
-        widen = functools.partial(_convert, compute_dtype(x.dtype))
-        return jax.tree.map(functools.partial(_convert, x.dtype), f(widen(x), *jax.tree.map(widen, args)))
+        wide = jax.tree.map(functools.partial(_convert, compute_dtype(x.dtype)), (x, *args))
+        return jax.tree.map(functools.partial(_convert, x.dtype), f(*wide))
 
     return in_compute_dtype
 
@@ -96,13 +96,13 @@ def canonical_axis(axis: Axis, ndim: int) -> tuple[int, ...]:
     return canonical
 
 
-def broadcast(name: str, value: ArrayLike, logits: Array) -> Array:
-    """A real array in the shape of the logits."""
+def broadcast(name: str, value: ArrayLike, shape: tuple[int, ...], whose: str) -> Array:
+    """A real array in the shape of the argument `whose`."""
     array = as_float(name, value)
     try:
-        return jnp.broadcast_to(array, logits.shape)
+        return jnp.broadcast_to(array, shape)
     except ValueError:
-        raise ValueError(f"{name} must broadcast to the shape {logits.shape} of logits, got {array.shape}.") from None
+        raise ValueError(f"{name} must broadcast to the shape {shape} of {whose}, got {array.shape}.") from None
 
 
 def masked(x: Array, where: ArrayLike | None, fill: float, name: str = "the input") -> Array:
@@ -110,16 +110,18 @@ def masked(x: Array, where: ArrayLike | None, fill: float, name: str = "the inpu
 
     The name is that of the argument whose shape `x` has.
     """
-    if where is None:
-        return x
+    return x if where is None else jnp.where(canonical_mask(where, x.shape, name), x, jnp.asarray(fill, x.dtype))
+
+
+def canonical_mask(where: ArrayLike, shape: tuple[int, ...], whose: str) -> Array:
+    """The mask in the shape of the argument `whose`."""
     mask = jnp.asarray(where)
     if mask.dtype != bool:
         raise TypeError(f"where must be boolean, got dtype {mask.dtype}.")
     try:
-        mask = jnp.broadcast_to(mask, x.shape)
+        return jnp.broadcast_to(mask, shape)
     except ValueError:
-        raise ValueError(f"where must broadcast to the shape {x.shape} of {name}, got {mask.shape}.") from None
-    return jnp.where(mask, x, jnp.asarray(fill, x.dtype))
+        raise ValueError(f"where must broadcast to the shape {shape} of {whose}, got {mask.shape}.") from None
 
 
 def canonical_int(name: str, value: Any, least: int | None = None) -> int:
@@ -166,11 +168,12 @@ def canonical_scalar(
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}.") from None
     info = jnp.finfo(jnp.result_type(float))
-    if abs(number) < float(info.tiny):
+    rounded = number
+    if 0 < abs(number) < float(info.tiny):
         rounded = 0.0  # as XLA has it
-    else:
-        rounded = math.copysign(math.inf, number) if abs(number) > float(info.max) else number
+    elif float(info.max) < abs(number) < math.inf:
+        rounded = math.copysign(math.inf, number)
     if not accept(rounded):
-        got = str(number) if rounded is number else f"{number}, which is {rounded} in {info.dtype}"
+        got = f"{number}" if rounded is number else f"{number}, which is {rounded} in {info.dtype}"
         raise ValueError(f"{name} must be {what}, got {got}.")
     return value

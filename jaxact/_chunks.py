@@ -281,7 +281,7 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     weights = options.weights(z.shape[-1], z.dtype)
     smoothing, adjust = options.smoothing_weights(weights, z.dtype), options.adjustment(z)
     adjusted, pull_adjust = jax.vjp(lambda z, adjust: adjust(z), z, adjust)
-    losses, total = label_losses(how.classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment(None, None))
+    losses, total = label_losses(how.classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment())
 
     def loss_of(losses: Losses, options: Options) -> Array:
         by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)

@@ -68,7 +68,7 @@ def _label_losses_fwd(
 def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, total = residuals
     # The label's entry is written afterwards where the result is then returned as it is, and each row on one device.
-    last = x.dtype == compute_dtype(x.dtype) and weights is None and adjust == Adjustment(None, None)
+    last = x.dtype == compute_dtype(x.dtype) and weights is None and adjust.is_identity
     local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
     apart = last and local and not classes.lean and class_count(x, (x.ndim - 1,)) >= 2**5
     impossible = label_logit(x, adjust, y, classes) == -jnp.inf if apart else None  # the gather is that of the loss

@@ -2,8 +2,8 @@
 
 Inside, a masked class is a logit of −inf, and `axis` is a sorted tuple. Masks and limits are written as arithmetic
 (minimum, maximum, multiplication) and not as `where`: on CPU a boolean inside a reduction keeps XLA from vectorising
-it, which makes the sum several times slower. What there is one of for each row has no class axes, until it is spread
-over the row: of an array with an axis of length 1 XLA for CPU would visit row by row.
+it, which makes the sum several times slower. What there is one of for each row has no class axes until it is spread
+over the row: an array with an axis of length 1 XLA for CPU would visit row by row.
 """
 
 import math
@@ -237,16 +237,28 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
 def at_most(limit: Array, x: Array) -> Array:
     """The minimum, and nan where x is nan.
 
-    `minimum(x, limit)` is not: in the library of XLA for CPU the second operand wins, as a constant does in either
-    place, and a reduction to a maximum passes over nan. It reaches its row through the sum of the exponentials.
+    `minimum(x, limit)` would not be: in the library of XLA for CPU the second operand wins, as a constant does in
+    either place. A reduction to a maximum passes over nan too. So it is through this, and the sum of the exponentials,
+    that a nan reaches its row.
     """
     return jnp.minimum(limit, x)
 
 
 def finite(top: Array) -> Array:
-    """The nearest finite number, so that ∞ − ∞ never occurs. Not `clip`, at which XLA for CPU splits the kernel."""
+    """The nearest finite number, so that ∞ − ∞ never occurs."""
     largest = float(jnp.finfo(top.dtype).max)
-    return -jnp.maximum(-jnp.maximum(top, -largest), -largest)
+    return between(top, -largest, largest)
+
+
+def between(x: Array, low: float, high: Array | float) -> Array:
+    """`clip`, in a form that XLA for CPU does not take for one: at a clip it splits the kernel. nan remains."""
+    return -jnp.maximum(-jnp.maximum(x, low), -high)
+
+
+def is_possible(x: Array) -> Array:
+    """0 where a logit is −inf and 1 elsewhere; not a comparison, for one kernel."""
+    largest = float(jnp.finfo(x.dtype).max)
+    return jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
 
 
 def is_largest(peak: Array) -> Array:

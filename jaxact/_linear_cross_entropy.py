@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, canonical_int, masked, require_array, require_arrays
+from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, require_array, require_arrays
 from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted, weighted_total
 from jaxact._classes import AxisName, at_index, label_index, not_ignored, static_axis_name
 from jaxact._options import Options
@@ -115,19 +115,13 @@ def linear_cross_entropy(
         jax issue 35906. Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2025); Hsu et al.,
         "Liger Kernel" (2024).
     """
-    options = Options.checked(
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        class_weight=class_weight,
-    )
+    options = Options(temperature, label_smoothing, z_loss, logit_softcap, class_weight).checked()
     if w_layout not in ("dv", "vd"):
         raise ValueError(f'w_layout must be "dv" or "vd", got {w_layout!r}.')
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
     try:
-        is_float = jnp.issubdtype(jnp.dtype(accum_dtype), jnp.floating)
+        is_float = accum_dtype is not None and jnp.issubdtype(jnp.dtype(accum_dtype), jnp.floating)
     except TypeError:
         is_float = False
     if not is_float:
@@ -176,17 +170,12 @@ def _of_any(
         bias = as_float("bias", bias)
         if bias.shape != (vocabulary,):
             raise ValueError(f"bias must have shape ({vocabulary},), got {bias.shape}.")
-    live = jnp.ones(shape, bool) if where is None else masked(jnp.ones(shape, bool), where, False, "labels")
+    live = jnp.ones(shape, bool) if where is None else canonical_mask(where, shape, "labels")
     if ignore_index is not None:
         live &= not_ignored(labels, ignore_index)
     weight = jnp.ones(shape, dtype)
     if token_weight is not None:
-        try:
-            weight = jnp.broadcast_to(as_float("token_weight", token_weight).astype(dtype), shape)
-        except ValueError:
-            raise ValueError(
-                f"token_weight must broadcast to the shape {shape} of labels, got {jnp.shape(token_weight)}."
-            ) from None
+        weight = broadcast("token_weight", token_weight, shape, "labels").astype(dtype)
     options = options.in_dtype(dtype)._replace(class_weight=options.weights(vocabulary, dtype))
     return _on_mesh(how, reduction, x, w, (labels, live, weight), bias, options)
 
@@ -233,7 +222,7 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
     # As a factor nan reaches the gradient too.
     weight = jnp.where(live, jnp.where(exists, weight, jnp.nan), 0)
     given = Operands(x.reshape(labels.size, x.shape[-1]), w, bias, options), Tokens(y, live)
-    loss: Array
+    loss: Any
     if reduction == "none":
         rows, _ = sweep(how, lax.stop_gradient(given[0]), given[1])
     else:

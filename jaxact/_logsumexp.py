@@ -180,12 +180,8 @@ def _weighted_exp_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 def _bounded_exp(d: Array) -> Array:
     """e^d, of which 0 times is 0: where it overflows, a large number and not infinity."""
-    most = _most(d)
+    most = math.floor(math.log(float(jnp.finfo(d.dtype).max)))
     return jnp.exp(jnp.where(d > most, most, d))
-
-
-def _most(d: Array) -> int:
-    return math.floor(math.log(float(jnp.finfo(d.dtype).max)))
 
 
 def _log_total_fwd(a: Array, b: Array, peak: Array, axis: Axes) -> Any:

@@ -25,12 +25,16 @@ class Losses(NamedTuple):
 class Adjustment(NamedTuple):
     """What is done to logits first: cap·tanh(x/cap), then division by the temperature. None leaves a step out."""
 
-    cap: Array | None
-    temperature: Array | None
+    cap: Array | None = None
+    temperature: Array | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        return self.cap is None and self.temperature is None
 
     def __call__(self, x: Array) -> Array:
         z = widen(x)
-        if self.cap is None and self.temperature is None:
+        if self.is_identity:
             return z
         # What is infinite is neither capped nor scaled, but +inf capped is the cap: 0 times infinity would reach
         # derivatives.
@@ -76,19 +80,16 @@ class Options(NamedTuple):
     logit_softcap: Any
     class_weight: Any
 
-    @classmethod
-    def checked(cls, **given: Any) -> "Options":
-        """What is out of range raises where its value is known."""
-        check, cap = canonical_scalar, given["logit_softcap"]
-        fraction = (lambda e: 0 <= e <= 1, "in [0, 1]")
-        coefficient = (lambda z: 0 <= z < math.inf, "finite and not negative")
-        positive = (lambda c: 0 < c <= 1e37, "positive and at most 1e37")  # so that 1/c is a normal number
-        return cls(
-            canonical_temperature(given["temperature"]),
-            check("label_smoothing", given["label_smoothing"], *fraction, nothing=0),
-            check("z_loss", given["z_loss"], *coefficient, nothing=0),
-            None if cap is None else check("logit_softcap", cap, *positive),
-            given["class_weight"],
+    def checked(self) -> "Options":
+        """None for what does nothing; what is out of range raises where its value is known."""
+        (t, e, z, cap, weights), scalar = self, canonical_scalar
+        # The inverse of a cap must be a normal number too.
+        return Options(
+            canonical_temperature(t),
+            scalar("label_smoothing", e, lambda e: 0 <= e <= 1, "in [0, 1]", nothing=0),
+            scalar("z_loss", z, lambda z: 0 <= z < math.inf, "finite and not negative", nothing=0),
+            None if cap is None else scalar("logit_softcap", cap, lambda c: 0 < c <= 1e37, "positive and at most 1e37"),
+            weights,
         )
 
     def in_dtype(self, dtype: Any) -> "Options":
@@ -151,5 +152,4 @@ def times(factor: Array, loss: Array) -> Array:
 
 def square_of(lse: Array) -> Array:
     """lse², 0 where no class is left; an infinite one is a constant."""
-    finite = jnp.isfinite(lse) | jnp.isnan(lse)
-    return jnp.square(jnp.where(finite, lse, 0)) + jnp.where(lse == jnp.inf, jnp.inf, 0)
+    return jnp.square(jnp.where(jnp.isinf(lse), 0, lse)) + jnp.where(lse == jnp.inf, jnp.inf, 0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._canonical import widen
-from jaxact._exponentials import RowSums, below, is_largest, row_sums, sums_at_once, unless_all
+from jaxact._exponentials import RowSums, below, between, is_largest, is_possible, row_sums, sums_at_once, unless_all
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import at_once, class_by_class, maximum, sum_over
 from jaxact._softmax import _log_softmax, without_mean
@@ -34,11 +34,10 @@ def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
 
     def exact(x: Array, q: Array, sums: RowSums) -> Array:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
-        # label is infinite. The limit from above is not `minimum`, which would make a `clip` for XLA; it is 0 where no
-        # class is left.
+        # label is infinite. The limit is 0 where no class is left.
         nll = jnp.log1p(sums.others)[..., None] - _below(x, sums.peak)
         limit = largest * jnp.minimum(sums.total, 1)
-        factor = -jnp.maximum(-jnp.maximum(nll * tiny, 1), -limit[..., None])
+        factor = between(nll * tiny, 1, limit[..., None])
         loss = sum_over(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, axis)
         return loss + 0 * sums.total  # the limits may have lost a nan
 
@@ -75,9 +74,7 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
         return -g * q.astype(g.dtype)
 
     def of_possible(x: Array, peak: Array, g: Array, q: Array) -> Array:
-        # As in log_softmax: the log p of a logit of −inf is constant. The factor is 0 there and 1 elsewhere.
-        largest = float(jnp.finfo(x.dtype).max)
-        return of_likely(x, peak, g, q) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
+        return of_likely(x, peak, g, q) * is_possible(x)  # as in log_softmax: the log p of a logit of −inf is constant
 
     def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
         return jax.checkpoint(lambda x, g, q: without_mean(cotangent, x, None, None, axis, g, q), prevent_cse=False)

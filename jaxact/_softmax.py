@@ -29,10 +29,12 @@ from jaxact._exponentials import (
     Sums,
     at_most,
     below,
+    between,
     certain,
     exponentials,
     finite,
     if_dominated,
+    is_possible,
     maximum_and_total,
     over_total,
     row_sums,
@@ -65,7 +67,8 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
         ValueError: if `axis` is out of range or named twice, `where` does not broadcast, `temperature` is not positive.
 
     Derivative:
-        x̄ = y ⊙ (ȳ − ⟨ȳ, y⟩)/T and T̄ = −Σ x̄ log y. Reverse mode keeps `y`, of float16 `x`, since y may be too small.
+        x̄ = y ⊙ (ȳ − ⟨ȳ, y⟩)/T and T̄ = −Σ x̄ log y. Reverse mode keeps `y`; for float16 it keeps `x`,
+        since a small `y` has few digits there, or none.
 
     Numerics:
         At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 20·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element,
@@ -216,7 +219,7 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf.
     excess = widen(maximum(x, axis)) - peak
-    d = d * spread(-jnp.maximum(-jnp.maximum(excess, 1), -float(jnp.finfo(d.dtype).max)), axis)
+    d = d * spread(between(excess, 1, float(jnp.finfo(d.dtype).max)), axis)
     return ((d if t is None else d / t) - spread(jnp.log1p(sums.others), axis)).astype(x.dtype), sums
 
 
@@ -230,9 +233,7 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     g = cotangents[0]
 
     def of_possible(x: Array, peak: Array, g: Array) -> Array:
-        # A result of −inf is constant. The factor is 0 where x is −inf and 1 elsewhere.
-        largest = float(jnp.finfo(x.dtype).max)
-        return widen(g) * jnp.minimum(jnp.maximum(x, -largest) + largest, 1)
+        return widen(g) * is_possible(x)  # a result of −inf is constant
 
     v = without_mean(of_possible, x, t, sums, axis, g)
     if t is None:

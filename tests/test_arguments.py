@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxact
-from jaxact import losses
+from jaxact import classifiers, losses
 
 X, Y, W = jnp.ones((4, 6)), jnp.array([0, 5, 2, 3]), jnp.ones((6, 9))
 WEIGHTED: dict[str, Any] = {"class_weight": jnp.ones(6), "label_smoothing": 0.1}
@@ -89,7 +89,8 @@ def test_bytes_in_another_order_are_refused() -> None:
 )
 def test_an_option_that_float32_does_not_hold_is_refused(option: str, value: float) -> None:
     match = rf"{option} must be .*, got {re.escape(str(value))}, which is (0.0|inf) in float32"
-    for loss in (integer_loss, lambda x, y, **given: dense_loss(x, X, **given)):
+    calls: list[Any] = [integer_loss, lambda x, y, **given: dense_loss(x, X, **given)]
+    for loss in calls:
         with pytest.raises(ValueError, match=match):
             loss(X, Y, **{option: value})
     if option == "temperature":
@@ -119,3 +120,20 @@ def test_a_mask_is_an_array(f: Any) -> None:
     for mask in ("a", [True] * 6):
         with pytest.raises(TypeError, match=r"where must be an array or a number, got (str|list)"):
             f(X, where=mask)
+
+
+@pytest.mark.parametrize(("dtype", "label", "classes"), [("uint8", 200, 300), ("uint8", 7, 256), ("int8", 100, 150)])
+def test_the_classifiers_take_narrow_labels(dtype: str, label: int, classes: int) -> None:
+    loss = classifiers.cross_entropy(jnp.zeros((1, classes)), jnp.array([label], dtype))
+    np.testing.assert_allclose(loss, np.log(classes), rtol=4 * 2.0**-24)
+
+
+def test_features_that_float32_does_not_hold() -> None:
+    x = np.array([[1.0], [2.0], [1e300]])
+    with pytest.raises(ValueError, match="x must be finite, got inf in row 2, column 0"):
+        classifiers.train_twins(x, np.array([0, 1, 1]), steps=1)
+
+
+def test_no_dtype_to_accumulate_in() -> None:
+    with pytest.raises(TypeError, match="accum_dtype must be a float type, got None"):
+        jaxact.linear_cross_entropy(X, W, Y, accum_dtype=None)

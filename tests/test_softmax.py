@@ -158,8 +158,8 @@ def test_16_bit_results_are_rounded_once(name: str, dtype: str, scale: float) ->
 
 
 @BOTH
+@mpmath.workdps(40)
 def test_float64_against_mpmath(name: str, x64: None) -> None:
-    mpmath.mp.dps = 40
     for x in logits(30, 20, 5).tolist():
         total = mpmath.fsum(map(mpmath.exp, x))
         exact = [mpmath.exp(a) / total if name == "softmax" else a - mpmath.log(total) for a in x]
@@ -446,9 +446,9 @@ def test_temperature_limits() -> None:
 
 
 @BOTH
+@mpmath.workdps(60)
 def test_derivatives_in_temperature_against_mpmath(name: str, x64: None) -> None:
     # float64, 64 roundings of terms that cancel by a factor below 100; differences in mpmath have 30 digits.
-    mpmath.mp.dps = 60
     x, g = [0.3, -1.7, 2.2, 4.0], [1.0, -0.3, 0.7, 2.0]
 
     def exact(t: Any, x0: Any) -> Any:

@@ -86,14 +86,18 @@ def _binary_cross_entropy_of_any(
     y = _probability(labels, x, where)
     if smoothing is not None:
         y = y + jnp.asarray(smoothing, y.dtype) * (0.5 - y)
-    weight = None if pos_weight is None else masked(broadcast("pos_weight", pos_weight, x).astype(y.dtype), where, 1)
+    weight = (
+        None
+        if pos_weight is None
+        else masked(broadcast("pos_weight", pos_weight, x.shape, "logits").astype(y.dtype), where, 1)
+    )
     loss = _binary_cross_entropy(*alike(x, y, weight))
     return loss if where is None else masked(loss, where, 0)
 
 
 def _probability(labels: ArrayLike, x: Array, where: ArrayLike | None) -> Array:
     """The labels of logits `x` in the dtype to compute in; nan outside [0, 1]."""
-    y = masked(broadcast("labels", labels, x).astype(compute_dtype(x.dtype)), where, 0)
+    y = masked(broadcast("labels", labels, x.shape, "logits").astype(compute_dtype(x.dtype)), where, 0)
     return jnp.where(y * (1 - y) >= 0, y, jnp.nan)
 
 
@@ -189,7 +193,7 @@ def _focal_of_any(
 ) -> Array:
     x = masked(as_float("logits", logits), where, 0)
     y = _probability(labels, x, where)
-    a = None if alpha is None else masked(broadcast("alpha", alpha, x).astype(y.dtype), where, 0)
+    a = None if alpha is None else masked(broadcast("alpha", alpha, x.shape, "logits").astype(y.dtype), where, 0)
     x, y, a = alike(x, y, a)
     loss = _focal_loss(x, y, a, vary(jnp.asarray(gamma, y.dtype), varying(x)))
     return loss if where is None else masked(loss, where, 0)

@@ -15,6 +15,7 @@ from jaxact._canonical import (
     broadcast,
     canonical_axis,
     canonical_int,
+    canonical_mask,
     compute_dtype,
     masked,
     require_array,
@@ -36,7 +37,7 @@ from jaxact._classes import (
 )
 from jaxact._cross_entropy import label_losses
 from jaxact._logsumexp import logsumexp
-from jaxact._options import Adjustment, Options, square_of, times
+from jaxact._options import Options, square_of, times
 from jaxact._soft_cross_entropy import soft_losses
 
 
@@ -106,13 +107,7 @@ def softmax_cross_entropy_with_integer_labels(
     References:
         jax issue 40384; Szegedy et al., "Rethinking the Inception Architecture" (2016), for label smoothing.
     """
-    options = Options.checked(
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        class_weight=class_weight,
-    )
+    options = Options(temperature, label_smoothing, z_loss, logit_softcap, class_weight).checked()
     if ignore_index is not None:
         ignore_index = canonical_int("ignore_index", ignore_index)
     require_arrays(where=where, class_weight=class_weight)
@@ -175,7 +170,7 @@ def _rows(x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array |
     shape = tuple(x.shape[a] for a in batch)
     live = None
     if where is not None and jnp.ndim(where) == len(shape) < x.ndim:
-        live = masked(jnp.ones(shape, bool), where, False, "the rows (a mask of classes is given as `where[None]`)")
+        live = canonical_mask(where, shape, "the rows (a mask of classes is given as `where[None]`)")
     else:
         x = masked(x, where, -math.inf, "logits")
     return x.transpose(batch + axes).reshape(*shape, math.prod(x.shape[a] for a in axes)), live
@@ -242,13 +237,7 @@ def softmax_cross_entropy(
     References:
         optax issues 896 and 1762: nan at −inf.
     """
-    options = Options.checked(
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        class_weight=class_weight,
-    )
+    options = Options(temperature, label_smoothing, z_loss, logit_softcap, class_weight).checked()
     require_arrays(where=where, class_weight=class_weight)
     require_array("logits", logits)
     require_array("labels", labels)
@@ -260,7 +249,7 @@ def _of_probabilities(
     logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None, options: Options, axis: Axis
 ) -> Array:
     wide = as_float("logits", logits)
-    labels = broadcast("labels", labels, wide)
+    labels = broadcast("labels", labels, wide.shape, "logits")
     x, live = _rows(wide, where, axis)
     # A masked class leaves no trace, its label included.
     q, _ = _rows(labels if live is not None else masked(labels, where, 0), None, axis)
@@ -271,7 +260,7 @@ def _of_probabilities(
     adjust = options.adjustment(x)
     x, peak = options.about_maximum(x, live, Classes())
     # Logits of 16 bits that are not adjusted are kept as they are, unless two cotangents would be rounded apart.
-    z = x if adjust == Adjustment(None, None) and options.z_loss is None else adjust(x)
+    z = x if adjust.is_identity and options.z_loss is None else adjust(x)
     weights, exists = options.weights(x.shape[-1], dtype), z != -jnp.inf
     if options.label_smoothing is not None:
         count = jnp.maximum(jnp.sum(exists, -1, keepdims=True, dtype=dtype), 1)

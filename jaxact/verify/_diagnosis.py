@@ -90,7 +90,7 @@ def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, ver
         array = f"jnp.array([{float(problem.x[i])!r}], jnp.{dtype})"
         call = f"jax.vjp(f, {array})[1]({v})[0]" if mode == "reverse" else f"jax.jvp(f, ({array},), ({v},))[1]"
         return "\n".join([*lines, f"{call}  # {came}, should be {due}"])
-    shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
+    shapes = problem.vector_shapes(mode)
     hot = np.flatnonzero(vector)
     if len(hot) == 1 and len(shapes) == 1:
         shape, dtype = shapes[0][0], np.dtype(shapes[0][1]).name
@@ -124,7 +124,7 @@ def derivative_along(problem: Problem, f: Any, mode: str, vector: np.ndarray, dt
 
     With a `dtype`, in which the vector then is, that of f without its custom rules.
     """
-    shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
+    shapes = problem.vector_shapes(mode)
     parts = tuple(p[0] for p in unravel(vector, shapes, dtype))
 
     def product(*args: Any) -> Any:

@@ -50,7 +50,7 @@ def autodiff(problem: Problem, f: Any, layout: Layout, signs: np.ndarray | None 
     """Autodiff in float64 of what `f` computes, its custom rules left out; with `signs`, rounded otherwise."""
 
     def products(mode: str, vectors: np.ndarray, x: np.ndarray) -> np.ndarray:
-        shapes = problem.out_shapes if mode == "reverse" else problem.in_shapes
+        shapes = problem.vector_shapes(mode)
         with jax.enable_x64(True):
             parts = tuple(jnp.asarray(p) for p in unravel(vectors, shapes, np.float64))
             floats = tuple(jnp.asarray(leaf) for leaf in problem.leaves(x, np.float64))

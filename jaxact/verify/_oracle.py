@@ -104,21 +104,27 @@ def _find_oracle(
         )
         source = given(problem, derivative or slope_in_mpmath(reference), layout)
         return _exactly(problem, name, layout, source, moved)
+    found, value = _of_program(problem, reference, kind, program, layout, source, bound, moved, rng)
+    # In float64 a program may compute something else, as by an eps or by random numbers of another dtype.
+    other = np.zeros(problem.m, bool) if kind or value is None else _another(problem.value(), value, problem)
+    return dataclasses.replace(found, credible=found.credible & ~other, doubt=ANOTHER) if other.any() else found
+
+
+def _of_program(
+    problem: Problem, reference: Any, kind: str | None, program: Any, layout: Layout, source: Source, bound: float,
+    moved: list[np.ndarray], rng: np.random.Generator,
+) -> tuple[Oracle, np.ndarray | None]:  # fmt: skip
+    """The oracle that is made of a program, and the program's value in float64, if it has one."""
     name = f"reference in JAX, {name_of(reference)}" if kind == "jax" else "what f computes, in float64, by autodiff"
     try:
         jacobian = source(problem.x)
     except Exception as error:
         why = f"what f computes cannot be differentiated in float64 ({type(error).__name__})"
         nothing = layout.of_matrix(np.zeros((problem.m, problem.n)))
-        return Oracle(name, False, layout, nothing, nothing, [nothing], np.zeros(problem.m, bool), why)
-    doubted = jacobian.map(lambda j: 2.0**-50 * np.abs(j))
-    for _ in range(3):
-        noisy = autodiff(problem, program, layout, rng.choice([-1.0, 1.0], 61))
-        doubted = doubted.map(lambda e, j, k: np.maximum(e, 4 * np.abs(k - j)), jacobian, noisy(problem.x))
+        return Oracle(name, False, layout, nothing, nothing, [nothing], np.zeros(problem.m, bool), why), None
+    doubted = _rounding(problem, program, layout, jacobian, rng)
     values = _numpy_values(problem, reference) if kind == "numpy" else _jax_values(problem, program)
     credible, zero_error, value = _against_differences(problem, layout, jacobian, doubted, values, rng)
-    # In float64 a program may compute something else, as by an eps or by random numbers of another dtype.
-    other = _another(problem.value(), value, problem) if kind is None else np.zeros(problem.m, bool)
     narrow = kind is None and _narrow_inside(problem)
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
     inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(jacobian).any()
@@ -133,15 +139,11 @@ def _find_oracle(
                 doubt = oracle.doubt if known.all() else "what f computes and differences of the reference disagree"
                 name = f"reference in NumPy, {name_of(reference)}, by differences, and {name}"
                 oracle = dataclasses.replace(oracle, name=name, credible=known, doubt=doubt)
-            if other.any():
-                oracle = dataclasses.replace(oracle, credible=oracle.credible & ~other, doubt=ANOTHER)
             right = oracle.jacobian.map(
                 lambda j, k, e: np.abs(j - k) <= 2.0**-20 * np.abs(j) + 8 * e + 1e-300, jacobian, doubted
             )
-            return dataclasses.replace(oracle, autodiff=all(r.all() for r in right))
+            return dataclasses.replace(oracle, autodiff=all(r.all() for r in right)), value
     doubt = "" if credible.all() else "autodiff and differences of the oracle disagree, as at a kink or a jump"
-    if other.any():
-        credible, doubt = credible & ~other, ANOTHER
     if narrow:
         doubt = "f computes in less than float64 inside, whatever its arguments"
         doubted = doubted.map(lambda e, j: e + 2.0**-20 * np.abs(j), jacobian)
@@ -152,10 +154,19 @@ def _find_oracle(
     else:
         doubted = Jacobian(np.where(zero[layout.rows][:, None], zero_error[layout.rows][:, None], doubted.reverse),
                          np.where(zero[None, :], zero_error[None, :], doubted.forward))  # fmt: skip
-    near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
+    near = _changes(source, moved, jacobian)
     if kind == "numpy":
         name = f"reference in NumPy, {name_of(reference)}, by differences, and what f computes, by autodiff"
-    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, doubt))
+    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, doubt)), value
+
+
+def _rounding(problem: Problem, program: Any, layout: Layout, jacobian: Jacobian, rng: np.random.Generator) -> Jacobian:
+    """How far autodiff's own rounding may have moved each entry: four times what other roundings move it."""
+    doubted = jacobian.map(lambda j: 2.0**-50 * np.abs(j))
+    for _ in range(3):
+        noisy = autodiff(problem, program, layout, rng.choice([-1.0, 1.0], 61))
+        doubted = doubted.map(lambda e, j, k: np.maximum(e, 4 * np.abs(k - j)), jacobian, noisy(problem.x))
+    return doubted
 
 
 ANOTHER = "in float64 f computes something else"
@@ -172,9 +183,17 @@ def _another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarr
 
 def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved: list[np.ndarray]) -> Oracle:
     jacobian = source(problem.x)
-    near = [source(x).map(lambda a, b: np.nan_to_num(a - b, nan=0, posinf=0, neginf=0), jacobian) for x in moved]
-    error = jacobian.map(lambda j: 2.0**-52 * np.abs(j))
+    near, error = _changes(source, moved, jacobian), jacobian.map(lambda j: 2.0**-52 * np.abs(j))
     return _finished(Oracle(name, True, layout, jacobian, error, near, np.ones(problem.m, bool), ""))
+
+
+def _changes(source: Source, moved: list[np.ndarray], jacobian: Jacobian) -> list[Jacobian]:
+    """By how much the entries change at the moved inputs."""
+    return [source(x).map(lambda a, b: _finite(a - b), jacobian) for x in moved]
+
+
+def _finite(a: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(a, nan=0, posinf=0, neginf=0)
 
 
 def _finished(oracle: Oracle) -> Oracle:
@@ -190,8 +209,7 @@ def _finished(oracle: Oracle) -> Oracle:
         infinite = ~np.isfinite(rows).all(0)
         infinite[layout.columns] |= ~columns.all(1)
     doubt = oracle.doubt or ("" if credible.all() else "it is not differentiable there, or not finite")
-    clean = oracle.jacobian.map(lambda j: np.nan_to_num(j, nan=0, posinf=0, neginf=0))
-    error = oracle.error.map(lambda e: np.nan_to_num(e, nan=0, posinf=0, neginf=0))
+    clean, error = oracle.jacobian.map(_finite), oracle.error.map(_finite)
     return dataclasses.replace(oracle, jacobian=clean, error=error, credible=credible, infinite=infinite, doubt=doubt)
 
 

@@ -30,14 +30,7 @@ _EXACT = {
 
 def without_rules(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` with every `jax.custom_jvp` and `jax.custom_vjp` replaced by its primal, inside loops and branches too."""
-
-    def plain(*args: Any) -> Any:
-        closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-        return jax.tree.unflatten(
-            jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-        )
-
-    return plain
+    return _evaluated(f, None)
 
 
 def perturbed(f: Callable[..., Any], signs: Any) -> Callable[..., Any]:
@@ -52,12 +45,16 @@ def perturbed(f: Callable[..., Any], signs: Any) -> Callable[..., Any]:
             return y
         return y * (1 + 2.0**-52 * signs[next(count) % len(signs)]).astype(y.dtype)
 
-    def moved(*args: Any) -> Any:
+    return _evaluated(f, nudge)
+
+
+def _evaluated(f: Callable[..., Any], after: Any) -> Callable[..., Any]:
+    def evaluated(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-        flat = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), nudge)
+        flat = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), after)
         return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
-    return moved
+    return evaluated
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], after: Any = None) -> list[Any]:

@@ -122,13 +122,20 @@ class Problem:
                 return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
             return ravel_one(compiled_value(self.f, self.spec, self.floats, self.others))
 
+    def vector_shapes(self, mode: str) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """Of the cotangents that reverse mode takes, or of the tangents that forward mode takes."""
+        return self.out_shapes if mode == "reverse" else self.in_shapes
+
+    def vector_size(self, mode: str) -> int:
+        return self.m if mode == "reverse" else self.n
+
     def products(self, mode: str, variant: str, vectors: np.ndarray) -> np.ndarray:
         """Jᵀg or J v for each row, as `f`'s own rules have it, called `eager`ly or under a transformation."""
-        shapes = self.out_shapes if mode == "reverse" else self.in_shapes
         with self.precision():
-            parts = tuple(map(jnp.asarray, unravel(vectors, shapes)))
-            call = eager_products if variant == "eager" else compiled_products
-            return ravel(call(self.f, self.spec, mode, variant, self.floats, self.others, parts))
+            parts = tuple(map(jnp.asarray, unravel(vectors, self.vector_shapes(mode))))
+            if variant == "eager":
+                return ravel(eager_products(self.f, self.spec, mode, self.floats, self.others, parts))
+            return ravel(compiled_products(self.f, self.spec, mode, variant, self.floats, self.others, parts))
 
     def one_by_one(self, mode: str, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Products with one float leaf differentiated at a time, and the vectors that they are products with.
@@ -136,13 +143,12 @@ class Problem:
         In reverse mode there is one, of which each leaf has its part; in forward mode one for each leaf.
         """
         flat = self.spec.of_floats(self.f, self.others)
-        shapes = self.out_shapes if mode == "reverse" else self.in_shapes
 
         def of_leaf(i: int) -> Callable[[Any], Leaves]:
             return lambda leaf: flat(*self.floats[:i], leaf, *self.floats[i + 1 :])
 
         with self.precision():
-            parts = tuple(jnp.asarray(part[0]) for part in unravel(vector, shapes))
+            parts = tuple(jnp.asarray(part[0]) for part in unravel(vector, self.vector_shapes(mode)))
             if mode == "reverse":
                 got = [jax.vjp(of_leaf(i), leaf)[1](parts)[0] for i, leaf in enumerate(self.floats)]
                 return vector, ravel_one(got)[None]
@@ -207,7 +213,7 @@ def product_along(flat: Callable[..., Leaves], mode: str, floats: Leaves, vector
     return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
 
 
-def eager_products(f: Any, spec: Spec, mode: str, _: str, floats: Leaves, others: Leaves, vectors: Leaves) -> Any:
+def eager_products(f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves, vectors: Leaves) -> Any:
     flat: Any = spec.of_floats(f, others)
     rows = [tuple(part[i] for part in vectors) for i in range(len(vectors[0]))]
     if mode == "reverse":

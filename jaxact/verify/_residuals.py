@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 
 from jaxact.verify._problem import Problem
 from jaxact.verify._report import REFUTED, VERIFIED, Check, Report, name_of, type_text
@@ -35,7 +36,9 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
     flat = problem.spec.of_floats(f, problem.others)
     with problem.precision():
         jaxpr: Any = jax.make_jaxpr(lambda *floats: jax.tree.leaves(jax.vjp(flat, *floats)[1]))(*problem.floats).jaxpr
-    kept = {id(v): v for v in jaxpr.outvars if hasattr(v.aval, "shape") and v.aval.size > 0 and not _is_literal(v)}
+    kept = {
+        id(v): v for v in jaxpr.outvars if hasattr(v.aval, "shape") and v.aval.size > 0 and not isinstance(v, Literal)
+    }
     checks, total = [], 0
     for v in kept.values():
         size = int(v.aval.size) * np.dtype(v.aval.dtype).itemsize
@@ -47,7 +50,3 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
         reasons.append(f"reverse mode keeps {total} bytes, more than {max_bytes}")
     verdict = REFUTED if reasons else VERIFIED
     return Report(name_of(f), verdict, tuple(checks), tuple(reasons), {"bytes": total})
-
-
-def _is_literal(v: Any) -> bool:
-    return hasattr(v, "val")

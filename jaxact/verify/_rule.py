@@ -74,10 +74,8 @@ def rule(
         refuted - the backward rule returns 0 where the derivative is 2.061e-09 (x = 20); 1 − f(x) has cancelled
     """
     wanted = _wanted_modes(modes)
-    if isinstance(transforms, str):
-        transforms = (transforms,)
-    unknown = set(transforms := tuple(transforms)) - set(TRANSFORMS)
-    if unknown:
+    transforms = (transforms,) if isinstance(transforms, str) else tuple(transforms)
+    if unknown := set(transforms) - set(TRANSFORMS):
         raise ValueError(f"transforms must be of {TRANSFORMS}, got {sorted(unknown)}.")
     for name, value in {"order": order, "directions": directions, "seed": seed}.items():
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
