@@ -1,5 +1,6 @@
 """The command line: what `converge` computes, prints and writes, and how it says what is wrong."""
 
+import argparse
 import functools
 import json
 import subprocess
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 from jaxact import classifiers
 from jaxact._cli import converge, main
+from jaxact._cli._converge_figure import _gaps
+from jaxact._cli._converge_report import Outcome
 from jaxact.classifiers import Fit, Params, Twins
 
 ROWS = ["2,1,0,no", "4,3,0,yes", "1,5,0,no", "6,2,0,yes", "3,3,0,yes", "0,1,0,no"]
@@ -192,6 +196,8 @@ def test_a_bad_file_is_named(
         (["--steps", "1e3"], "argument --steps: must be a whole number"),
         (["--learning-rate", "0"], "argument --learning-rate: must be a positive number, got '0'."),
         (["--learning-rate", "nan"], "argument --learning-rate: must be a positive number, got 'nan'."),
+        (["--learning-rate", "1e-60"], "--learning-rate 1e-60 is out of the range of float32."),
+        (["--learning-rate", "1e300"], "--learning-rate 1e+300 is out of the range of float32."),
         (["--learning-rate", "fast"], "argument --learning-rate: must be a positive number, got 'fast'."),
         (["--optimizer", "newton"], "argument --optimizer: invalid choice: 'newton'"),
         (["--seed", "-1"], "argument --seed: must be a whole number"),
@@ -283,3 +289,32 @@ def test_importing_jaxact_imports_nothing_heavy() -> None:
     root = Path(classifiers.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jaxact", "converge", "--steps", "3", "--out", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "python -m jaxact converge: error: cannot write: No space left on device.\n"
+
+
+def test_a_closed_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert status("converge", "--steps", 3, "--optimizer", "adamw", "--out", tmp_path) == 0
+    assert results(tmp_path)["settings"]["weight_decay"] == 0.01
+
+
+def test_the_gaps_have_a_mark_at_each_decade() -> None:
+    apart = Twins(trained(1, 1, 1).sigmoid, trained(1, 1 + 2e-7, 1 + 6e-7).softmax)
+    nothing: Any = None
+    outcome = Outcome(
+        nothing, argparse.Namespace(steps=3), 0.0, dict.fromkeys(("jaxact", "jax.nn + optax"), apart), nothing
+    )
+    axes = Figure().subplots()
+    _gaps(axes, outcome)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "0",
+        "0",
+        *(f"$10^{{{k}}}$" for k in (-7, -6, -5)),
+    ]

@@ -6,7 +6,6 @@ sentence, with exit status 2. Modules import what is heavy or optional in `run`,
 
 import argparse
 import io
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> NoReturn:
     """Runs the command in `argv`, by default the command line's, and exits with its status."""
     if sys.stdout is None:  # it was closed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a user's labels may not exist in the terminal's encoding
     parser = _Parser(

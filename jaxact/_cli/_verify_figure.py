@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from jaxact._cli._figures import BLACK, DOTS, GREEN, INK, MUTED, finish, slide
 from jaxact._cli._verify_subjects import SUBJECTS, Function, rounded
+from jaxact.verify._values import ulp_errors
 
 POINTS, BINS = 6000, 60
 FLOOR = 0.01  # ulp: what is less is drawn here
@@ -76,8 +77,8 @@ def _computed(f: Function, x: np.ndarray, derivative: bool) -> np.ndarray:
 
 
 def _ulps(got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    spacing = np.ldexp(1.0, np.frexp(want)[1] - 24)
-    return np.where(np.abs(want) < np.finfo(np.float32).smallest_normal, np.nan, np.abs(got - want) / spacing)
+    error, region = ulp_errors(got, want, np.float32)
+    return np.where(region == 0, error, np.nan)
 
 
 def _panel(axes: Axes, found: Errors) -> None:
