@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 
 def forward_mode(f: jax.custom_vjp) -> Any:
@@ -106,19 +105,22 @@ def of_perturbed(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Ca
 
 
 def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-    out_tree: Any
     f_of_perturbed, values, perturbed_tangents = of_perturbed(bound, primals, tangents)
-    out, vjp = jax.vjp(f_of_perturbed, values)
-    out_leaves, out_tree = jax.tree.flatten(out)
-    is_float = [jnp.issubdtype(jnp.result_type(y), jnp.inexact) for y in out_leaves]
+
+    def of_floats(perturbed: list[Any]) -> tuple[list[Any], Any]:
+        out = f_of_perturbed(perturbed)
+        return list(filter(_is_float, jax.tree.leaves(out))), out
+
+    # Integer results are none of its business: inside `shard_map` their cotangents would have to be of one device.
+    floats, vjp, out = jax.vjp(of_floats, values, has_aux=True)
 
     # Under checkpoint, partial evaluation saves the rule's residuals and nothing computed from them. Its barriers
     # against common subexpressions are not wanted: sharing work between the two passes is what we hope for.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def backward(float_cotangents: list[Any]) -> Any:
-        return vjp(out_tree.unflatten(_with_float0(out_leaves, is_float, float_cotangents)))[0]
+        return vjp(float_cotangents)[0]
 
-    transpose = jax.linear_transpose(backward, [y for y, inexact in zip(out_leaves, is_float, strict=True) if inexact])
+    transpose = jax.linear_transpose(backward, floats)
     try:
         (float_tangents,) = transpose(perturbed_tangents)
     except Exception:
@@ -129,7 +131,7 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
         except Exception as error:
             raise TypeError(_not_transposable(f, error)) from error
         raise
-    return out, out_tree.unflatten(_with_float0(out_leaves, is_float, float_tangents))
+    return out, _with_zeros(out, float_tangents)
 
 
 def _not_transposable(f: jax.custom_vjp, error: Exception) -> str:
@@ -143,10 +145,11 @@ def _not_transposable(f: jax.custom_vjp, error: Exception) -> str:
     )
 
 
-def _with_float0(out_leaves: list[Any], is_float: list[bool], float_leaves: list[Any]) -> list[Any]:
-    """Tangents or cotangents of all results: those given, and float0 for the integer ones, as JAX wants it."""
-    rest = iter(float_leaves)
-    return [
-        next(rest) if inexact else np.zeros(np.shape(y), jax.dtypes.float0)
-        for y, inexact in zip(out_leaves, is_float, strict=True)
-    ]
+def _is_float(y: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(y), jnp.inexact)
+
+
+def _with_zeros(out: Any, float_tangents: list[Any]) -> Any:
+    """Tangents of all results: those given, and for the integer ones a zero, of the devices that hold them."""
+    rest = iter(float_tangents)
+    return jax.tree.map(lambda y: next(rest) if _is_float(y) else zero_from_primal(y), out)

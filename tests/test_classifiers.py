@@ -84,7 +84,7 @@ def test_twins_converge_identically_to_the_last_bit(
     [
         (2, 1),
         pytest.param(5, 1, marks=pytest.mark.exhaustive),
-        (7, 3),
+        pytest.param(7, 3, marks=pytest.mark.exhaustive),
         pytest.param(16, 16, marks=pytest.mark.exhaustive),
         (33, 65),
     ],

@@ -140,6 +140,7 @@ def test_divergence_is_reported() -> None:
     assert "All 2 losses agree to the last bit" in drawn(same)
 
 
+@pytest.mark.exhaustive
 def test_several_devices_agree_with_one(tmp_path: Path) -> None:
     root = Path(head.__file__).parents[2]
     command = [sys.executable, "-m", "jaxact", "head", *SHARDED, "--out", str(tmp_path)]

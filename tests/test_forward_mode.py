@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import Array, lax
 from jax._src.ad_checkpoint import saved_residuals
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxact import forward_mode
 
@@ -238,6 +238,19 @@ def test_labels_masks_none_and_integer_results() -> None:
     np.testing.assert_array_equal(tangents[0], [2.0, 4.0, 0.0])
     np.testing.assert_array_equal(primals[1], [1, 0, 1])
     assert (tangents[1].dtype, primals[2], tangents[2]) == (jax.dtypes.float0, None, None)
+
+
+def test_an_integer_result_inside_shard_map() -> None:
+    # It differs between devices, and so must its tangent, though that is nothing.
+    _, every = plain_and_every_mode(
+        lambda x: (x**2, jnp.argmax(x)), lambda x: (every(x), x), lambda x, g: (2 * x * g[0],)
+    )
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
+    specs: Any = {"mesh": mesh, "in_specs": PartitionSpec("i"), "out_specs": PartitionSpec("i")}
+    x = jnp.array([1.0, 2.0, 3.0])
+    total = jax.shard_map(lambda x: every(x)[0], **specs)
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: total(x).sum()))(x), 2 * x)
+    np.testing.assert_array_equal(jax.jit(lambda x: jax.jvp(total, (x,), (x,))[1])(x), 2 * x * x)
 
 
 def test_none_as_cotangent_and_empty_arrays_and_trees() -> None:

@@ -42,7 +42,7 @@ ELEMENTWISE = ("binary", "focal")
 SHAPES = [(300, 5), (4096, 20), (150, 1000), (128, 2048)]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), itertools.product(SHAPES, ["float32", "bfloat16"]))
+@pytest.mark.parametrize(("shape", "dtype"), [*itertools.product(SHAPES, ["float32", "bfloat16"])])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], dtype: str) -> None:
     rng = np.random.default_rng(0)

@@ -106,7 +106,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+def few(cases: Any, *slow: str) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] if name in slow else []) for name in cases]
+
+
+@pytest.mark.parametrize("name", few(CASES, "head"))
 def test_second_derivatives_in_every_pair_of_arguments(name: str, x64: None) -> None:
     ours, textbook, given = CASES[name]
     arguments = tuple(jnp.asarray(a, float) for a in given)
@@ -182,7 +186,7 @@ BESIDE |= {
 }
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", few(BESIDE, "ignored rows of 1000.0", "a token of no weight, none"))
 def test_what_does_not_count_is_in_no_derivative(name: str, x64: None) -> None:
     ours, textbook, given = BESIDE[name]
     arguments = tuple(jnp.asarray(a, float) for a in given)

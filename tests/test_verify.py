@@ -45,6 +45,7 @@ def test_a_wrong_rule_is_refuted(case: corpus.Case) -> None:
         report.raise_if_not_ok()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", cases(corpus.WRONG_AT_ORDER_2))
 def test_a_wrong_second_derivative_is_refuted_at_order_2(case: corpus.Case) -> None:
     assert check(case, order=2).verdict == "refuted"
@@ -66,7 +67,10 @@ def test_a_right_rule_is_verified_and_every_mutant_refuted(case: corpus.Case) ->
 # The verifier's own failures.
 
 
-@pytest.mark.parametrize(("f", "dtype"), [(jaxact.sigmoid, "float32"), (jaxact.softmax, "bfloat16")])
+@pytest.mark.parametrize(
+    ("f", "dtype"),
+    [(jaxact.sigmoid, "float32"), pytest.param(jaxact.softmax, "bfloat16", marks=pytest.mark.exhaustive)],
+)
 def test_a_blinded_verifier_is_caught(f: Any, dtype: str) -> None:
     x = jnp.asarray(np.linspace(-3, 3, 12).reshape(3, 4), dtype)
     assert verify.rule(f, x, transforms=()).verdict == "verified"
@@ -97,7 +101,7 @@ def test_a_false_zero_of_the_oracle_convicts_nobody() -> None:
     assert "mpmath" in report.facts["oracle"]
 
 
-@pytest.mark.parametrize("shape", [(512,), (8, 128)])
+@pytest.mark.parametrize("shape", [(512,), pytest.param((8, 128), marks=pytest.mark.exhaustive)])
 def test_the_oracle_knows_a_function_with_a_maximum_of_many_numbers(shape: tuple[int, ...]) -> None:
     # Too long a program for mpmath, so that autodiff must do. Its rounding was found by moving the maximum too, which
     # no number then equalled, and whose derivative became 0/0.
@@ -122,6 +126,7 @@ def test_the_oracle_knows_a_function_with_a_maximum_of_many_numbers(shape: tuple
         assert "autodiff" in report.facts["oracle"]
 
 
+@pytest.mark.exhaustive
 def test_two_runs_print_the_same_report_and_leave_the_configuration_alone() -> None:
     x = jnp.linspace(-4.0, 4.0, 7)
     before = jax.config.values.copy()
