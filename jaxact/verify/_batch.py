@@ -8,10 +8,10 @@ import numpy as np
 from jax import lax
 
 from jaxact.verify import _exact
-from jaxact.verify._contract import first_line
-from jaxact.verify._diagnosis import apart
+from jaxact.verify._compare import Comparison, close
+from jaxact.verify._other_values import allowed
 from jaxact.verify._problem import Leaves, Problem, Spec, product_along, ravel, unravel
-from jaxact.verify._report import REFUTED, VERIFIED, Check
+from jaxact.verify._report import REFUTED, VERIFIED, Check, apart, first_line
 
 # The fewest rows that show what is known of XLA for CPU: it finds the maximum of 4096 numbers or more, and the minimum
 # of numbers and 4096 maxima or more, by kernels that pass over nan.
@@ -23,14 +23,14 @@ DIFFERENT = 16 * len(SPECIAL)  # rows; the others are copies of them
 WORK = 2**24  # operations on single numbers that the batch may take: about a tenth of a second, and some 100 MB
 
 
-def in_a_batch(session: Any, vectors: dict[str, np.ndarray]) -> tuple[Check, str]:
+def in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[Check, str]:
     """Value, and products with `vectors` in each mode, under jit: of rows one after another, and of all under vmap.
 
     Rows as given must be right within the bound. Of the others the oracle knows nothing; that the same elements of them
     are nan or infinite is said of them, or which is not. It is no mistake of a rule if XLA loses a nan.
     """
-    problem, turn = session.problem, np.arange(DIFFERENT) // len(SPECIAL)
-    rows, places = _rows(problem, session.rng)
+    problem, turn = comparison.problem, np.arange(DIFFERENT) // len(SPECIAL)
+    rows, places = _rows(problem, rng)
     copies = copies_of(problem)
     size, lost = f"a batch of {copies * DIFFERENT}", ""
     for what, given in {"value": np.zeros((1, problem.m)), **vectors}.items():
@@ -42,7 +42,7 @@ def in_a_batch(session: Any, vectors: dict[str, np.ndarray]) -> tuple[Check, str
             return Check("vmap", REFUTED, f"{_NAMES[what]} raises {why}"), ""
         got = _farthest(among, due)
         wrong = np.zeros(got.shape, bool)
-        wrong[AS_GIVEN] = ~session.right(what, directions[AS_GIVEN], got[AS_GIVEN])
+        wrong[AS_GIVEN] = ~_right(comparison, what, directions[AS_GIVEN], got[AS_GIVEN])
         other = _kind(got) != _kind(due)
         if wrong.any() or (other.any() and not lost):
             row, i = divmod(int(np.argmax(wrong if wrong.any() else other)), got.shape[1])
@@ -53,6 +53,13 @@ def in_a_batch(session: Any, vectors: dict[str, np.ndarray]) -> tuple[Check, str
             if wrong.any():
                 return Check("vmap", REFUTED, lost), ""
     return Check("vmap", VERIFIED, f"rows in {size}"), lost or "as alone"
+
+
+def _right(comparison: Comparison, what: str, vectors: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """Which elements of values, or of products with the vectors, will do."""
+    if what == "value":
+        return close(got, comparison.problem.value(), allowed(comparison))
+    return ~comparison.products(what, vectors, got).wrong
 
 
 _NAMES = {"value": "f", "reverse": "reverse mode", "forward": "forward mode"}

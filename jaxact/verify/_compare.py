@@ -1,7 +1,7 @@
 """Products of a rule held against the oracle, element by element."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -42,91 +42,43 @@ class Verdicts:
         return divmod(int(at), off.shape[1])
 
 
-def compare(
-    problem: Problem,
-    oracle: Oracle,
-    mode: str,
-    vectors: np.ndarray,
-    got: np.ndarray,
-    bound: float,
-    strict: bool,
-    product: Product | None = None,
-) -> Verdicts:
-    """|error| ≤ bound·u·Σⱼ|Jᵢⱼ||vⱼ|, or, unless `strict`, what inputs off by `bound` units would explain as well."""
-    product = product or oracle.product(mode, vectors)
-    info = ml_dtypes.finfo(problem.dtype)
-    # Below the smallest normal number XLA flushes to 0, results and what they are products of.
-    floor = 4 * float(info.smallest_normal) * (1 + np.abs(vectors).sum(1, keepdims=True))
-    base = bound * problem.unit * product.size + floor
-    if not strict:
-        base = base + product.conditioning
-    with np.errstate(all="ignore"):
-        error = np.abs(got - product.want)
-        # What does not fit into the dtype is infinite there.
-        overflow = (np.abs(product.want) >= float(info.max) * (1 - bound * problem.unit)) & (
-            np.sign(got) == np.sign(product.want)
-        )
-        right = (error <= base) | (overflow & np.isinf(got))
-        perhaps = error <= base + product.error
-        unresolved = ((product.error > base) | (~right & perhaps)) & (got != product.want)
-        wrong = ~right & ~perhaps
-    if mode == "forward" or oracle.layout.elementwise:
-        unresolved |= ~oracle.credible
-        wrong &= oracle.credible
-    elif oracle.infinite is not None:
-        unresolved |= oracle.infinite
-        wrong &= ~oracle.infinite
-    return Verdicts(got, product, base, wrong, unresolved & ~wrong, floor)
+class Comparison(NamedTuple):
+    """What products are held against, and how closely."""
+
+    problem: Problem
+    oracle: Oracle
+    bound: float  # in u·Σ|J||g|
+    strict: bool  # whether the bound is the user's own
+
+    def products(self, mode: str, vectors: np.ndarray, got: np.ndarray, product: Product | None = None) -> Verdicts:
+        """|error| ≤ bound·u·Σⱼ|Jᵢⱼ||vⱼ|, or, unless `strict`, what inputs off by `bound` units would explain too."""
+        product = product or self.oracle.product(mode, vectors)
+        info = ml_dtypes.finfo(self.problem.dtype)
+        # Below the smallest normal number XLA flushes to 0, results and what they are products of.
+        floor = 4 * float(info.smallest_normal) * (1 + np.abs(vectors).sum(1, keepdims=True))
+        base = self.bound * self.problem.unit * product.size + floor
+        if not self.strict:
+            base = base + product.conditioning
+        with np.errstate(all="ignore"):
+            error = np.abs(got - product.want)
+            # What does not fit into the dtype is infinite there.
+            overflow = (np.abs(product.want) >= float(info.max) * (1 - self.bound * self.problem.unit)) & (
+                np.sign(got) == np.sign(product.want)
+            )
+            right = (error <= base) | (overflow & np.isinf(got))
+            perhaps = error <= base + product.error
+            unresolved = ((product.error > base) | (~right & perhaps)) & (got != product.want)
+            wrong = ~right & ~perhaps
+        if mode == "forward" or self.oracle.layout.elementwise:
+            unresolved |= ~self.oracle.credible
+            wrong &= self.oracle.credible
+        elif self.oracle.infinite is not None:
+            unresolved |= self.oracle.infinite
+            wrong &= ~self.oracle.infinite
+        return Verdicts(got, product, base, wrong, unresolved & ~wrong, floor)
 
 
 def close(a: np.ndarray, b: np.ndarray, allowed: Any) -> np.ndarray:
     """|a − b| ≤ allowed, or the same infinity, or nan in both."""
     with np.errstate(all="ignore"):
         return (np.abs(a - b) <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))
-
-
-def mutants(
-    problem: Problem, oracle: Oracle, mode: str, vectors: np.ndarray, verdicts: Verdicts, bound: float
-) -> dict[str, np.ndarray]:
-    """Products as wrong rules would have them. Each must be refuted by the comparison that passed the right ones."""
-    want = verdicts.product.want
-    got = np.nan_to_num(verdicts.got, nan=0, posinf=0, neginf=0)
-    seen = np.abs(want) > 4 * verdicts.allowed
-    seen &= ~verdicts.unresolved & np.isfinite(verdicts.got)
-    if not want.any() and not verdicts.unresolved.any():
-        return {"1 added": got + 1}
-    if not seen.any():
-        return {}
-    one = np.zeros(got.shape[1], bool)
-    one[np.argmax(np.where(seen, np.abs(want), 0).max(0))] = True
-    made = {
-        "zero": got * 0,
-        "−1×": -got,
-        "1 + 3·bound": got * (1 + 3 * _least_visible(problem, verdicts, seen, bound)),
-        "one element zeroed": np.where(one, 0, got),
-    }
-    if oracle.layout.elementwise and problem.n > 1:
-        size = np.where(seen, np.abs(want), 0).max(0)
-        live = size > 0
-        tail = live & (size <= np.quantile(size[live], 0.1))
-        made["tail zeroed"] = np.where(tail, 0, got)
-    elif oracle.layout.whole and not oracle.layout.elementwise:
-        full = oracle.jacobian.reverse
-        if full.shape[0] == full.shape[1] and np.any(full - np.diag(np.diag(full))):
-            made["sum dropped"] = vectors * np.diag(full)
-            if np.any(np.abs(full - full.T) > 1e-3 * np.abs(full).max()):
-                made["transposed"] = vectors @ (full.T if mode == "reverse" else full)
-    return made
-
-
-# A bound beyond so many units, or beyond a quarter, is none: mutants this far off must still be refuted.
-DULL = 1024
-
-
-def _least_visible(problem: Problem, verdicts: Verdicts, seen: np.ndarray, bound: float) -> float:
-    """The smallest relative error that a check with this bound should see, unless the bound is far too wide."""
-    product = verdicts.product
-    kept = min(1.0, DULL / bound, 0.25 / (bound * problem.unit))
-    allowed = kept * (bound * problem.unit * product.size + product.conditioning) + verdicts.floor
-    with np.errstate(all="ignore"):
-        return float(np.min(np.where(seen, allowed / np.abs(product.want), np.inf)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import REFUTED, VERIFIED, Check, Report, name_of, type_text, verdict_of
+from jaxact.verify._report import ABSENT, REFUTED, VERIFIED, Check, Report, first_line, name_of, type_text, verdict_of
 
 
 def contract(f: Callable[..., Any], *args: Any) -> Report:
@@ -56,7 +56,7 @@ def check_contract(problem: Problem, leaks: bool) -> Report:
                 primal, derivative = jax.jit(function).lower(problem.floats).out_info
         except Exception as error:
             why = f"{type(error).__name__}: {first_line(error)}"
-            checks.append(Check(mode, "absent" if is_missing_mode(error) else REFUTED, why))
+            checks.append(Check(mode, ABSENT if is_missing_mode(error) else REFUTED, why))
             if not is_missing_mode(error):
                 reasons.append(f"tracing {mode} mode raises {why}")
             continue
@@ -82,7 +82,3 @@ def is_missing_mode(error: Exception) -> bool:
     """Whether an error says that a function cannot have a mode, and not that a rule is wrong."""
     text = first_line(error)
     return ("(jvp) to a custom_vjp function" in text) or ("Reverse-mode differentiation does not work" in text)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

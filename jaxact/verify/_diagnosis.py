@@ -9,7 +9,7 @@ from jaxact.verify._compare import Verdicts
 from jaxact.verify._oracle import Oracle
 from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem, product_along, unravel
-from jaxact.verify._report import name_of
+from jaxact.verify._report import apart, name_of
 
 
 def explain(
@@ -55,12 +55,6 @@ def explain(
         return reason
     came, due = apart(g, w)
     return f"the {which} rule returns {came} where the derivative is {due} ({at}; {_fraction(verdicts)})"
-
-
-def apart(a: float, b: float) -> tuple[str, str]:
-    """Two numbers with as many digits as it takes to tell them apart."""
-    texts = ((f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in (5, 7, 9, 17))
-    return next((pair for pair in texts if pair[0] != pair[1]), (repr(a), repr(b)))
 
 
 def _same(got: np.ndarray, other: np.ndarray, verdicts: Verdicts) -> bool:

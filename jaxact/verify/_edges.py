@@ -5,12 +5,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxact.verify._compare import close, compare
-from jaxact.verify._contract import first_line
-from jaxact.verify._diagnosis import apart
+from jaxact.verify._compare import Comparison, close
 from jaxact.verify._oracle import find_oracle, is_elementwise
+from jaxact.verify._other_values import other_value
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import REFUTED, VERIFIED, Check
+from jaxact.verify._report import ABSENT, REFUTED, VERIFIED, Check, apart, first_line
 
 
 def sweep(dtype: Any) -> np.ndarray:
@@ -29,51 +28,55 @@ def sweep(dtype: Any) -> np.ndarray:
     return np.concatenate([-points[::-1], points])
 
 
-def edge_points(session: Any, given: dict[float, float]) -> Check:
-    """`f` at the sweep, where the function and the oracle are finite, and at `given`."""
-    spec, dtype = session.problem.spec, session.problem.in_shapes[0][1]
-    x = np.array([*given], np.float64).astype(dtype) if given else sweep(dtype)
+def given_points(problem: Problem, given: dict[float, float], modes: tuple[str, ...], bound: float) -> Check:
+    """`f` at the inputs, and with the derivatives, that the user gives."""
+    x = np.array([*given], np.float64).astype(problem.in_shapes[0][1])
+    problem, exact = _at(x, problem), np.array([*given.values()], np.float64)
+    for mode in modes:
+        got = problem.products(mode, "eager", np.ones((1, len(x))))[0]
+        wrong = ~close(got, exact, bound * problem.unit * np.abs(exact))
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            return Check("edges", REFUTED, f"at the edge x = {x[i]}, {mode} mode gives {got[i]:.6g} for {exact[i]:.6g}")
+    return Check("edges", VERIFIED, f"{len(x)} given inputs")
+
+
+def swept_points(
+    comparison: Comparison, reference: Any, derivative: Any, modes: tuple[str, ...], rng: np.random.Generator
+) -> Check:
+    """`f` at the sweep, where the function and the oracle are finite."""
+    here, bound = comparison.problem, comparison.bound
+    x = sweep(here.in_shapes[0][1])
     try:
-        problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
+        problem = _at(x, here)
     except Exception as error:  # f may hold an array of the shape of its argument: labels, or a mask
-        if given:
-            raise
-        return Check("edges", "absent", f"f takes no array of shape {x.shape}: {first_line(error)}")
-    ones = np.ones((1, len(x)))
-    if given:
-        exact = np.array([*given.values()], np.float64)
-        for mode in session.modes:
-            got = problem.products(mode, "eager", ones)[0]
-            allowed = session.bound * problem.unit * np.abs(exact)
-            wrong = ~close(got, exact, allowed)
-            if wrong.any():
-                i = int(np.argmax(wrong))
-                return Check(
-                    "edges", REFUTED, f"at the edge x = {x[i]}, {mode} mode gives {got[i]:.6g} for {exact[i]:.6g}"
-                )
-        return Check("edges", VERIFIED, f"{len(x)} given inputs")
+        return Check("edges", ABSENT, f"f takes no array of shape {x.shape}: {first_line(error)}")
     # At one point, or at special ones, the Jacobian of any function may be diagonal.
-    if problem.out_shapes[0][0] != x.shape or not is_elementwise(problem, session.rng):
-        return Check("edges", "absent", "f is not elementwise in the sweep")
+    if problem.out_shapes[0][0] != x.shape or not is_elementwise(problem, rng):
+        return Check("edges", ABSENT, "f is not elementwise in the sweep")
     finite = np.isfinite(problem.value())
     if not finite.any():
-        return Check("edges", "absent", "f is finite nowhere in the sweep")
+        return Check("edges", ABSENT, "f is finite nowhere in the sweep")
     x = x[finite]
-    problem = Problem(session.problem.f, spec.arguments((x,), session.problem.others))
-    ones = np.ones((1, len(x)))
-    oracle = find_oracle(problem, session.reference, session.derivative, session.bound, session.rng, elementwise=True)
-    other = session.other_value(problem, oracle)
+    problem = _at(x, here)
+    oracle = find_oracle(problem, reference, derivative, bound, rng, elementwise=True)
+    comparison = Comparison(problem, oracle, bound, comparison.strict)
+    other = other_value(comparison, modes, reference)
     if other is not None:
         name, i, came, due = other
         return Check("edges", REFUTED, f"at x = {x[i]}, {name} is {came} where f is {due}")
     known = 0
-    for mode in session.modes:
-        vectors = ones * (oracle.credible if mode == "reverse" else 1.0)
+    for mode in modes:
+        vectors = np.ones((1, len(x))) * (oracle.credible if mode == "reverse" else 1.0)
         got = problem.products(mode, "eager", vectors)
-        verdicts = compare(problem, oracle, mode, vectors, got, session.bound, session.given_bound is not None)
+        verdicts = comparison.products(mode, vectors, got)
         if verdicts.wrong.any():
             i = int(np.argmax(verdicts.wrong[0]))
             came, due = apart(got[0, i], verdicts.product.want[0, i])
             return Check("edges", REFUTED, f"at x = {x[i]}, {mode} mode gives {came} where the derivative is {due}")
         known = int((~verdicts.unresolved[0] & oracle.credible).sum())
     return Check("edges", VERIFIED, f"{known} of a sweep of {len(x)} inputs from {x.min():.3g} to {x.max():.3g}")
+
+
+def _at(x: np.ndarray, problem: Problem) -> Problem:
+    return Problem(problem.f, problem.spec.arguments((x,), problem.others))

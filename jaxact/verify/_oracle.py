@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,18 +47,23 @@ class Product:
     conditioning: np.ndarray  # how far the product moves with its inputs
 
 
+Kind = Literal["derivative", "mpmath", "jax", "numpy", "f"]  # what it is made of: what the user gave, or f itself
+
+
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    name: str
+    kind: Kind
+    name: str  # for the report
     exact: bool
     layout: Layout
     jacobian: Jacobian
     error: Jacobian
     near: list[Jacobian]  # how the entries change when the inputs are off by the bound
     credible: np.ndarray  # outputs whose derivative the oracle knows
-    doubt: str  # why not the others
+    doubt: str  # why not the others, for the report
     autodiff: bool = True  # whether autodiff of what was differentiated agrees with its differences
     infinite: np.ndarray | None = None  # inputs with an infinite derivative: times a cotangent of 0 that is nan
+    another: bool = False  # whether in float64 f computes something else
 
     def index(self, mode: str) -> np.ndarray:
         return self.layout.rows if mode == "reverse" else self.layout.columns
@@ -93,46 +98,54 @@ def find_oracle(
 def _find_oracle(
     problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator, elementwise: bool
 ) -> Oracle:
-    kind = None if reference is None else _kind(problem, reference)
+    kind: Kind = "f" if reference is None else _kind(problem, reference)
     program = functools.partial(reference) if kind == "jax" else problem.f
     layout = Layout.diagonal(problem.n) if elementwise else _layout(problem, program, rng)
     source = autodiff(problem, program, layout)
     moved = [_nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
     if derivative is not None or kind == "mpmath":
-        name = (
-            f"exact derivative, {name_of(derivative)}" if derivative else f"reference in mpmath, {name_of(reference)}"
-        )
+        if derivative:
+            kind, name = "derivative", f"exact derivative, {name_of(derivative)}"
+        else:
+            kind, name = "mpmath", f"reference in mpmath, {name_of(reference)}"
         source = given(problem, derivative or slope_in_mpmath(reference), layout)
-        return _exactly(problem, name, layout, source, moved)
+        return _exactly(problem, kind, name, layout, source, moved)
     found, value = _of_program(problem, reference, kind, program, layout, source, bound, moved, rng)
     # In float64 a program may compute something else, as by an eps or by random numbers of another dtype.
-    other = np.zeros(problem.m, bool) if kind or value is None else _another(problem.value(), value, problem)
-    return dataclasses.replace(found, credible=found.credible & ~other, doubt=ANOTHER) if other.any() else found
+    other = np.zeros(problem.m, bool) if kind != "f" or value is None else _another(problem.value(), value, problem)
+    if not other.any():
+        return found
+    doubt = "in float64 f computes something else"
+    return dataclasses.replace(found, credible=found.credible & ~other, doubt=doubt, another=True)
 
 
 def _of_program(
-    problem: Problem, reference: Any, kind: str | None, program: Any, layout: Layout, source: Source, bound: float,
+    problem: Problem, reference: Any, kind: Kind, program: Any, layout: Layout, source: Source, bound: float,
     moved: list[np.ndarray], rng: np.random.Generator,
 ) -> tuple[Oracle, np.ndarray | None]:  # fmt: skip
     """The oracle that is made of a program, and the program's value in float64, if it has one."""
-    name = f"reference in JAX, {name_of(reference)}" if kind == "jax" else "what f computes, in float64, by autodiff"
+    of_reference = f"reference in JAX, {name_of(reference)}"
+    name = of_reference if kind == "jax" else "what f computes, in float64, by autodiff"
     try:
         jacobian = source(problem.x)
     except Exception as error:
         why = f"what f computes cannot be differentiated in float64 ({type(error).__name__})"
         nothing = layout.of_matrix(np.zeros((problem.m, problem.n)))
-        return Oracle(name, False, layout, nothing, nothing, [nothing], np.zeros(problem.m, bool), why), None
+        unknown = np.zeros(problem.m, bool)
+        # Without autodiff a reference in NumPy has not been looked at.
+        of = "f" if kind == "numpy" else kind
+        return Oracle(of, name, False, layout, nothing, nothing, [nothing], unknown, why), None
     doubted = _rounding(problem, program, layout, jacobian, rng)
     values = _numpy_values(problem, reference) if kind == "numpy" else _jax_values(problem, program)
     credible, zero_error, value = _against_differences(problem, layout, jacobian, doubted, values, rng)
-    narrow = kind is None and _narrow_inside(problem)
+    narrow = kind == "f" and _narrow_inside(problem)
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
     inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(jacobian).any()
     if inexact or not credible.all():
         exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, values))
         if exactly is not None:
-            name = name.replace("in float64, by autodiff", "in mpmath") + (", in mpmath" if kind == "jax" else "")
-            oracle = _exactly(problem, name, layout, exactly, moved)
+            name = f"{of_reference if kind == 'jax' else 'what f computes'}, in mpmath"
+            oracle = _exactly(problem, kind, name, layout, exactly, moved)
             if kind == "numpy":  # what f computes need not be what it should
                 agreed, *_ = _against_differences(problem, layout, oracle.jacobian, oracle.error, values, rng)
                 known = oracle.credible & agreed
@@ -157,7 +170,7 @@ def _of_program(
     near = _changes(source, moved, jacobian)
     if kind == "numpy":
         name = f"reference in NumPy, {name_of(reference)}, by differences, and what f computes, by autodiff"
-    return _finished(Oracle(name, False, layout, jacobian, doubted, near, credible, doubt)), value
+    return _finished(Oracle(kind, name, False, layout, jacobian, doubted, near, credible, doubt)), value
 
 
 def _rounding(problem: Problem, program: Any, layout: Layout, jacobian: Jacobian, rng: np.random.Generator) -> Jacobian:
@@ -169,9 +182,6 @@ def _rounding(problem: Problem, program: Any, layout: Layout, jacobian: Jacobian
     return doubted
 
 
-ANOTHER = "in float64 f computes something else"
-
-
 def _another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarray:
     """Which outputs differ by more than an inaccurate f might: 1/64 of the largest, 32 units, or what underflows."""
     with np.errstate(all="ignore"):
@@ -181,10 +191,12 @@ def _another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarr
         return np.isfinite(apart) & (apart > allowed)
 
 
-def _exactly(problem: Problem, name: str, layout: Layout, source: Source, moved: list[np.ndarray]) -> Oracle:
+def _exactly(
+    problem: Problem, kind: Kind, name: str, layout: Layout, source: Source, moved: list[np.ndarray]
+) -> Oracle:
     jacobian = source(problem.x)
     near, error = _changes(source, moved, jacobian), jacobian.map(lambda j: 2.0**-52 * np.abs(j))
-    return _finished(Oracle(name, True, layout, jacobian, error, near, np.ones(problem.m, bool), ""))
+    return _finished(Oracle(kind, name, True, layout, jacobian, error, near, np.ones(problem.m, bool), ""))
 
 
 def _changes(source: Source, moved: list[np.ndarray], jacobian: Jacobian) -> list[Jacobian]:
@@ -253,10 +265,11 @@ def _nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndar
     return x * (1 + relative * rng.choice([-1.0, 1.0], x.shape))
 
 
-def _kind(problem: Problem, reference: Any) -> str:
+def _kind(problem: Problem, reference: Any) -> Literal["mpmath", "jax", "numpy"]:
     wide = problem.leaves(problem.x, np.float64)
     with jax.enable_x64(True), np.errstate(all="ignore"):
-        kind, out, args = "jax", None, problem.spec.arguments(wide, problem.others)
+        kind: Literal["jax", "numpy"] = "jax"
+        out, args = None, problem.spec.arguments(wide, problem.others)
         with contextlib.suppress(Exception):
             out = jax.eval_shape(problem.spec.of_floats(reference, problem.others), *wide)
         if out is None:

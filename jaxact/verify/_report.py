@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 VERIFIED, REFUTED, INCONCLUSIVE = "verified", "refuted", "inconclusive"
+ABSENT = "absent"  # of a check: there was nothing to check
 
 
 class NotVerified(AssertionError):
@@ -23,6 +24,24 @@ class Check:
     detail: str
 
 
+@dataclasses.dataclass
+class Findings:
+    """What has been found so far."""
+
+    checks: list[Check] = dataclasses.field(default_factory=list)
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    witness: str = ""
+
+    def add(self, name: str, verdict: str, detail: str, reason: str = "") -> None:
+        self.checks.append(Check(name, verdict, detail))
+        if reason:
+            self.reasons.append(reason)
+
+    @property
+    def verdict(self) -> str:
+        return verdict_of([c.verdict for c in self.checks])
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """The result of a verification; true if the verdict is "verified".
@@ -32,7 +51,7 @@ class Report:
         verdict: "verified", "refuted" or "inconclusive". Inconclusive is not a pass: `reasons` says what is missing.
         checks: what was checked, each with its verdict.
         reasons: sentences for the author: what is wrong, or why there is no verdict.
-        facts: oracle, bound, points, power, residual bytes and the like; plain values, for JSON.
+        facts: oracle, bound, products checked, power, residual bytes and the like; plain values, for JSON.
         witness: lines to paste into a REPL, with `f` and `args` as they were given; empty unless refuted.
     """
 
@@ -82,7 +101,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-_MARKS = {VERIFIED: "✓", REFUTED: "✗", INCONCLUSIVE: "?", "absent": "–"}
+_MARKS = {VERIFIED: "✓", REFUTED: "✗", INCONCLUSIVE: "?", ABSENT: "–"}
 
 
 def name_of(f: Any) -> str:
@@ -94,6 +113,16 @@ def type_text(shape: tuple[int, ...], dtype: Any) -> str:
     """As JAX writes it: float32[8,7]."""
     name = dtype.name if hasattr(dtype, "name") else np.dtype(dtype).name  # that of a key is no type of NumPy
     return f"{name}[{','.join(map(str, shape))}]"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def apart(a: float, b: float) -> tuple[str, str]:
+    """Two numbers with as many digits as it takes to tell them apart."""
+    texts = ((f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in (5, 7, 9, 17))
+    return next((pair for pair in texts if pair[0] != pair[1]), (repr(a), repr(b)))
 
 
 def verdict_of(verdicts: list[str]) -> str:

@@ -86,8 +86,10 @@ def rule(
         raise ValueError(f"bound must be positive and finite, got {bound}.")
     if not (edges is None or isinstance(edges, (dict, EllipsisType))):
         raise TypeError(f"edges must be a dict from input to derivative, ... or None, got {type(edges).__name__}.")
-    session = Session(f, args, reference, derivative, wanted, order, bound, transforms, edges, directions, seed)
-    return session.run()
+    return Session(
+        f=f, args=args, reference=reference, derivative=derivative, wanted=wanted, order=order, given_bound=bound,
+        transforms=transforms, edges=edges, directions=directions, seed=seed,
+    ).run()  # fmt: skip
 
 
 def _wanted_modes(modes: Any) -> tuple[str, ...]:

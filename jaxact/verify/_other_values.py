@@ -1,0 +1,51 @@
+"""What should be the value of `f` as well: that of its rules' forward passes, and of the reference."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxact.verify._compare import Comparison, close
+from jaxact.verify._oracle import reference_value
+from jaxact.verify._report import apart
+
+
+def allowed(comparison: Comparison) -> np.ndarray:
+    """How far values may be apart."""
+    problem, oracle, bound, strict = comparison
+    size = problem.unit * np.abs(problem.value())
+    if not strict and oracle.layout.whole:
+        size = size + problem.unit * oracle.product("forward", np.abs(problem.x)[None]).size[0]
+    # What is flushed to 0 may have been a factor of the input.
+    factor = 1 + np.abs(problem.x) if oracle.layout.elementwise else 1
+    return bound * size + 4 * float(ml_dtypes.finfo(problem.dtype).smallest_normal) * factor
+
+
+def other_values(comparison: Comparison, modes: tuple[str, ...], reference: Any) -> dict[str, np.ndarray]:
+    """What should be the value of f as well."""
+    problem = comparison.problem
+    others = {f"the {mode} rule's own primal": problem.primal_of(mode) for mode in modes}
+    if comparison.oracle.layout.whole:
+        value = reference_value(problem, reference)
+        others |= {} if value is None else {"the reference": value}
+    return others
+
+
+def other_value(comparison: Comparison, modes: tuple[str, ...], reference: Any) -> tuple[str, int, str, str] | None:
+    """Which of them is not, at which output, and what the two are. An infinite reference may be one of mpmath's."""
+    others, value = other_values(comparison, modes, reference), comparison.problem.value()
+    if "the reference" in others:
+        others["the reference"] = np.where(np.isfinite(others["the reference"]), others["the reference"], value)
+    return next(values_apart(others, value, allowed(comparison)), None)
+
+
+def values_apart(
+    others: dict[str, np.ndarray], value: np.ndarray, allowed: np.ndarray
+) -> Iterator[tuple[str, int, str, str]]:
+    """Those that are not f's value: which, at which output, and what the two are."""
+    for name, other in sorted(others.items()):
+        wrong = ~close(other, value, allowed)
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            yield name, i, *apart(other[i], value[i])

@@ -1,0 +1,150 @@
+"""Products in one mode, called in every way, held against the oracle; and those of both against each other."""
+
+import numpy as np
+
+from jaxact.verify import _diagnosis as diagnosis
+from jaxact.verify._compare import Comparison, Verdicts
+from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Findings, first_line
+
+ONE_HOT = 1024  # one-hot vectors at most
+
+# Of each mode, the vectors and what was found of the products with them.
+Results = dict[str, tuple[np.ndarray, Verdicts]]
+
+
+def products(
+    comparison: Comparison,
+    mode: str,
+    transforms: tuple[str, ...],
+    directions: int,
+    rng: np.random.Generator,
+    findings: Findings,
+) -> tuple[np.ndarray, Verdicts]:
+    """Checks a mode, called plainly and under the transformations; returns all vectors, with what was found of them."""
+    problem = comparison.problem
+    dense, one_hot = _vectors(comparison, mode, directions, rng)
+    every = np.concatenate([dense, one_hot])
+    found: dict[str, Verdicts] = {}
+    for variant in ("eager", *(t for t in transforms if t != "vmap")):
+        vectors = every if variant == "jit" else dense
+        try:
+            got = problem.products(mode, variant, vectors)
+        except Exception as error:
+            detail = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{mode} mode raises {type(error).__name__} {_under(variant)}"
+            findings.add(f"{mode}, {variant}", REFUTED, detail, reason)
+            continue
+        found[variant] = comparison.products(mode, vectors, got)
+    main = found.get("jit") or comparison.products(mode, every, problem.products(mode, "eager", every))
+    for variant, verdicts in found.items():
+        _judge(comparison, f"{mode}, {variant}", verdicts, findings)
+    _explain(comparison, mode, found, every, len(dense), findings)
+    return every, main
+
+
+def _vectors(
+    comparison: Comparison, mode: str, directions: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random directions, large and small ones and with an offset, and zero; and one-hot ones."""
+    problem, oracle, *_ = comparison
+    size = problem.vector_size(mode)
+    known = np.zeros(size, bool)
+    known[oracle.index(mode)] = True
+    if mode == "reverse":
+        known &= oracle.credible
+    normal = rng.normal(size=(directions, size))
+    big, small = (64.0, 2.0**-6) if problem.dtype == np.float16 else (4096.0, 2.0**-30)
+    if directions > 1:
+        normal[-1] *= small
+    dense = np.concatenate([normal, 1000 + normal[:1], -normal[:1], big * normal[:1], 0 * normal[:1]])
+    where = np.flatnonzero(known)
+    if len(where) > ONE_HOT:
+        where = np.sort(rng.choice(where, ONE_HOT, replace=False))
+    one_hot = np.zeros((len(where), size))
+    one_hot[np.arange(len(where)), where] = 1
+    return problem.rounded(dense * known, problem.vector_shapes(mode)), one_hot
+
+
+def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Findings) -> None:
+    problem, oracle, *_ = comparison
+    count, size = verdicts.wrong.shape
+    open_ones, doubtful = int(verdicts.unresolved.any(0).sum()), int((~oracle.credible).sum())
+    if verdicts.wrong.any():
+        wrong = int(verdicts.wrong.any(0).sum())
+        findings.add(name, REFUTED, f"{wrong} of {size} elements are off in {count} products")
+    elif open_ones or doubtful:
+        unknown = f"{open_ones} of {size} elements" if open_ones else f"{doubtful} of {problem.m} outputs"
+        findings.add(name, INCONCLUSIVE, f"the oracle does not know {unknown}")
+        why = oracle.doubt or "its own error is not well below the bound"
+        if not any(r.startswith("the oracle does not know") for r in findings.reasons):
+            findings.reasons.append(f"the oracle does not know {unknown}: {why}; give reference= or derivative=")
+    else:
+        worst = verdicts.worst_in_units(problem.unit)
+        findings.add(name, VERIFIED, f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|")
+
+
+def _explain(
+    comparison: Comparison, mode: str, found: dict[str, Verdicts], vectors: np.ndarray, dense: int, findings: Findings
+) -> None:
+    """A sentence on what is wrong in a mode: with the rule, or with one way of calling it."""
+    problem, oracle, *_ = comparison
+    plain = [v for v in ("jit", "eager") if v in found]
+    apart = [v for v in found if found[v].wrong.any()]
+    if not apart:
+        return
+    right = [v for v in ("eager", "jit") if v in found and not found[v].wrong[:dense].any()]
+    if right and any(found[v].wrong[:dense].any() for v in apart):
+        variant = next(v for v in apart if found[v].wrong[:dense].any())
+        findings.reasons.append(f"right {_under(right[0])}, wrong {_under(variant)} ({mode} mode)")
+    else:
+        variant = next(v for v in (*plain, *apart) if v in apart)
+    verdicts = found[variant]
+    vectors = vectors[: len(verdicts.got)]
+    c, i = verdicts.worst(vectors)
+    if not right or variant == "jit":
+        findings.reasons.append(diagnosis.explain(problem, oracle, mode, vectors, verdicts, c, i))
+    if not findings.witness:
+        findings.witness = diagnosis.witness(problem, oracle, mode, vectors[c], verdicts, c, i)
+
+
+def alone(comparison: Comparison, results: Results, findings: Findings) -> None:
+    """With one argument differentiated at a time: a rule may be told which are."""
+    problem = comparison.problem
+    if len(problem.in_shapes) == 1 or not comparison.oracle.layout.whole:
+        return
+    for mode, (vectors, _) in results.items():
+        try:
+            vectors, got = problem.one_by_one(mode, vectors[:1])
+            wrong = comparison.products(mode, vectors, got).wrong
+        except Exception as error:
+            detail = f"raises {type(error).__name__}: {first_line(error)}"
+        else:
+            if not wrong.any():
+                continue
+            detail = f"is wrong in element {int(np.argmax(wrong.any(0)))}"
+        reason = f"with one argument differentiated and the others not, {mode} mode {detail}"
+        findings.add("one argument", REFUTED, f"{mode} mode {detail}", reason)
+        return
+    findings.add("one argument", VERIFIED, "differentiated alone, each as with the others")
+
+
+def adjoint(comparison: Comparison, results: Results, count: int, findings: Findings) -> None:
+    """⟨g, J v⟩ = ⟨Jᵀ g, v⟩: the two modes are each other's transposes. How near, only an oracle can say."""
+    if len(results) < 2 or not comparison.oracle.credible.all():
+        return
+    (g, reverse), (v, forward) = results["reverse"], results["forward"]
+    with np.errstate(all="ignore"):
+        left, right = np.sum(g[:count] * forward.got[:count], 1), np.sum(v[:count] * reverse.got[:count], 1)
+        allowed = np.sum(np.abs(g[:count]) * forward.allowed[:count], 1)
+        allowed += np.sum(np.abs(v[:count]) * reverse.allowed[:count], 1)
+        apart = np.abs(left - right) > allowed
+    if apart.any():
+        i = int(np.argmax(apart))
+        detail = f"⟨g, Jv⟩ is {left[i]:.6g} and ⟨Jᵀg, v⟩ is {right[i]:.6g}"
+        findings.add("adjoint", REFUTED, detail, f"the modes are not each other's transposes: {detail}")
+    else:
+        findings.add("adjoint", VERIFIED, f"⟨g, Jv⟩ = ⟨Jᵀg, v⟩ in {count} directions")
+
+
+def _under(variant: str) -> str:
+    return "when eager" if variant == "eager" else f"under {variant}"
