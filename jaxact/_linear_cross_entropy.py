@@ -223,6 +223,7 @@ def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array
     weight = jnp.where(live, jnp.where(exists, weight, jnp.nan), 0)
     given = Operands(x.reshape(labels.size, x.shape[-1]), w, bias, options), Tokens(y, live)
     loss: Any
+    rows: Any
     if reduction == "none":
         rows, _ = sweep(how, lax.stop_gradient(given[0]), given[1])
     else:
