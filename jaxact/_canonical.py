@@ -167,13 +167,17 @@ def canonical_scalar(
         return value
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}.") from None
-    info = jnp.finfo(jnp.result_type(float))
-    rounded = number
-    if 0 < abs(number) < float(info.tiny):
-        rounded = 0.0  # as XLA has it
-    elif float(info.max) < abs(number) < math.inf:
-        rounded = math.copysign(math.inf, number)
+    dtype = jnp.result_type(float)
+    rounded = number if 2.0**-126 <= abs(number) < 2.0**128 else _flushed(number, dtype)
     if not accept(rounded):
-        got = f"{number}" if rounded is number else f"{number}, which is {rounded} in {info.dtype}"
+        got = f"{number}" if rounded is number else f"{number}, which is {rounded} in {dtype}"
         raise ValueError(f"{name} must be {what}, got {got}.")
     return value
+
+
+def _flushed(number: float, dtype: Any) -> float:
+    """The number itself, or 0 or infinity where XLA makes that of it."""
+    info = jnp.finfo(dtype)
+    if 0 < abs(number) < float(info.tiny):
+        return 0.0
+    return math.copysign(math.inf, number) if float(info.max) < abs(number) < math.inf else number

@@ -111,7 +111,7 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
         out = f_of_perturbed(perturbed)
         return list(filter(_is_float, jax.tree.leaves(out))), out
 
-    # Integer results are none of its business: inside `shard_map` their cotangents would have to be of one device.
+    # Without the integer results: inside `shard_map` their cotangents would have to say on which devices they differ.
     floats, vjp, out = jax.vjp(of_floats, values, has_aux=True)
 
     # Under checkpoint, partial evaluation saves the rule's residuals and nothing computed from them. Its barriers

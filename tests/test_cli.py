@@ -296,7 +296,7 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 2
-    assert process.stderr == "python -m jaxact converge: error: cannot write: No space left on device.\n"
+    assert process.stderr == "python -m jaxact converge: error: No space left on device.\n"
 
 
 def test_a_closed_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,6 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except argparse.ArgumentError as error:
         command.error(str(error))
     except OSError as error:  # what is printed may have nowhere to go
-        command.error(f"cannot write: {error.strerror or error}")
+        command.error(error.strerror or str(error))
     except KeyboardInterrupt:
         command.exit(130, f"{command.prog}: interrupted.\n")
