@@ -1,5 +1,6 @@
 """The command line: what `verify` checks, prints and writes, and how it says what is wrong."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import mpmath
 import numpy as np
 import oracles
 import pytest
+from rich.console import Console
 
 import jaxact
 from jaxact._cli import _verify_subjects as subjects, main, verify
+from jaxact._cli.verify import _table
 from jaxact.verify import Report
 
 RULES = """
@@ -225,3 +228,14 @@ def test_as_a_module() -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "python -m jaxact verify: error: module:function needs --shape.\n"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_names_and_dtypes_are_whole_in_a_narrow_terminal(width: int) -> None:
+    name = "softmax_cross_entropy_with_integer_labels"
+    console = Console(width=width, file=io.StringIO())
+    console.print(_table([(name, "bfloat16", "inconclusive", "both", "2.90", "0.500", "10/10", "46.6", "f")], width))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split() for line in console.file.getvalue().splitlines()[3:]]
+    assert "".join(words[0] for words in lines if words) == name
+    assert lines[0][1:3] == ["bfloat16", "inconclusive"]

@@ -205,19 +205,20 @@ def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds:
 
 
 def _table(rows: list[Row], width: int) -> "Table":
-    """Without the oracle where the terminal is narrow, and where it is narrower still, with long names folded."""
+    """Without the oracle where the terminal is narrow; where it is narrower still, with what is found of errors alone."""
     from rich import box
     from rich.table import Table
 
-    shown = COLUMNS if width >= 120 else COLUMNS[:-1]
-    table = Table(*shown, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    narrow = ("modes", "mutants", "s") if width < 80 else ()
+    shown = [i for i, name in enumerate(COLUMNS) if not (name in narrow or (name == "oracle" and width < 120))]
+    table = Table(*(COLUMNS[i] for i in shown), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in table.columns:
         column.no_wrap = True
         column.justify = "right" if column.header in ("worst u", "max ulp", "mutants", "s") else "left"
-    name = table.columns[0]
-    name.no_wrap, name.overflow, name.max_width = False, "fold", max(14, width - 66)
+    name = table.columns[0]  # what is short of room is the name, which is folded
+    name.no_wrap, name.overflow, name.min_width, name.max_width = False, "fold", 14, max(14, width - 66)
     for row in rows:
-        table.add_row(*row[: len(shown)], style={"refuted": "red", "inconclusive": "yellow"}.get(row[2]))
+        table.add_row(*(row[i] for i in shown), style={"refuted": "red", "inconclusive": "yellow"}.get(row[2]))
     return table
 
 
