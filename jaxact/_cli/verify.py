@@ -205,7 +205,7 @@ def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds:
 
 
 def _table(rows: list[Row], width: int) -> "Table":
-    """Without the oracle where the terminal is narrow; where it is narrower still, with what is found of errors alone."""
+    """Without the oracle where the terminal is narrow; where it is narrower still, with verdicts and errors alone."""
     from rich import box
     from rich.table import Table
 
