@@ -93,7 +93,7 @@ def _memory(axes: Axes, outcome: Outcome) -> None:
     whole = f"{NAMES[DENSE]}\n{outcome.settings.batch:,} × V logits at once"
     point_out(axes, whole, BLUE, (sizes[middle], dense[middle]), (-40, 40))
     part = NAMES[FUSED] + (f"\n{chunk} of logits at a time" if chunked else "")
-    point_out(axes, part, ORANGE, (sizes[max(middle - 1, 0)], fused[max(middle - 1, 0)]), (35, -60))
+    point_out(axes, part, ORANGE, (sizes[max(middle - 1, 0)], fused[max(middle - 1, 0)]), (35, -60 if chunked else -40))
     if ratio(outcome.costs[int(sizes[-1])]) > 1.1:
         arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 8, "shrinkB": 8}
         axes.annotate("", (sizes[-1], fused[-1]), (sizes[-1], dense[-1]), arrowprops=arrow)
