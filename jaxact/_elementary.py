@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._error_free import product_and_rest, sum_and_rest
+from jaxact._error_free import two_product, two_sum
 
 # (eʳ − 1 − r)/r² for |r| ≤ log(2)/2 by Remez' algorithm: with it eʳ is within 0.06 u, but for rounding.
 _EXP = (0.50000001, 0.16666519, 0.041666206, 0.0083688894, 0.001395049)
@@ -88,10 +88,10 @@ def log1p_and_rest(e: Array, rest: Array) -> tuple[Array, Array]:
     if e.dtype != jnp.float32:
         return jnp.log1p(e), of_rest
     # Of e − e²/2 + e²(P(e) + ½) only the last term is rounded, which is at most 0.2.
-    square, of_square = product_and_rest(e, e)
+    square, of_square = two_product(e, e)
     first, *others = _LOG1P
-    two, of_two = sum_and_rest(e, -square / 2)
-    total, of_total = sum_and_rest(two, square * polynomial((first + 0.5, *others), e))
+    two, of_two = two_sum(e, -square / 2)
+    total, of_total = two_sum(two, square * polynomial((first + 0.5, *others), e))
     return total, (of_two + of_total) + (of_rest - of_square / 2)
 
 

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def sum_and_rest(a: Array, b: Array) -> tuple[Array, Array]:
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """s = a + b as it is rounded, and a + b − s exactly (Knuth's TwoSum)."""
     s = a + b
     of_b = s - a
     return s, (a - (s - of_b)) + (b - of_b)
 
 
-def product_and_rest(a: Array, b: Array) -> tuple[Array, Array]:
+def two_product(a: Array, b: Array) -> tuple[Array, Array]:
     """p = ab as it is rounded, and ab − p (Dekker's product): exactly, but for what is less than the smallest number.
 
     The products of the halves are exact, so that it does not matter which of them a compiler contracts with a sum.
