@@ -351,17 +351,17 @@ def test_the_label_among_many_classes(classes: int) -> None:
     labels = jax.nn.one_hot(y, classes)  # a row of zeros for the one that does not exist
     live = np.array([True] * 6 + [False] + [True] * 2)
 
-    def derivatives(loss: Any) -> Any:
+    def derivatives(loss: Any, x: Any, y: Any) -> Any:
         def total(x: Any) -> Any:
-            return (jnp.where(live, loss(x), 0) * jnp.arange(1.0, 10.0)).sum()
+            return (jnp.where(live, loss(x, y), 0) * jnp.arange(1.0, 10.0)).sum()
 
-        slope, second = jax.jvp(jax.grad(total), (x,), (np.cos(x0),))
-        return loss(x), slope, second, jax.jvp(loss, (x,), (np.cos(x0),))[1]
+        slope, second = jax.jvp(jax.grad(total), (x,), (v,))
+        return loss(x, y), slope, second, jax.jvp(lambda x: loss(x, y), (x,), (v,))[1]
 
-    x0 = np.nan_to_num(x, posinf=1, neginf=1)
-    want = derivatives(lambda x: dense_loss(x, labels))
-    for transform in (lambda f: f, jax.jit, jax.vmap):
-        got = derivatives(lambda x, t=transform: t(integer_loss)(x, jnp.asarray(y)))
+    compiled = jax.jit(derivatives, static_argnums=0)
+    v = np.cos(np.nan_to_num(x, posinf=1, neginf=1))
+    want = compiled(dense_loss, x, labels)
+    for got in (derivatives(integer_loss, x, y), compiled(integer_loss, x, y), compiled(jax.vmap(integer_loss), x, y)):
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             a, b = np.asarray(a)[live], np.asarray(b)[live]
             # Either way some ten roundings, and as much again where a distance from the maximum, up to 64, is rounded

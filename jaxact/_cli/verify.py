@@ -190,7 +190,7 @@ def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds:
     verdicts = [rule.verdict, *([every.verdict] if every is not None else [])]
     verdict = next(v for v in ("refuted", "inconclusive", "verified") if v in verdicts)
     modes = rule.facts.get("modes", [])
-    errors = [float(e) for check in rule.checks for e in re.findall(r"off by ([\d.]+) u", check.detail)]
+    errors = [check.worst for check in rule.checks if check.worst is not None]
     return (
         name,
         dtype,

@@ -80,7 +80,8 @@ def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Find
             findings.reasons.append(f"the oracle does not know {unknown}: {why}; give reference= or derivative=")
     else:
         worst = verdicts.worst_in_units(problem.unit)
-        findings.add(name, VERIFIED, f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|")
+        detail = f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|"
+        findings.add(name, VERIFIED, detail, worst=worst)
 
 
 def _explain(

@@ -17,11 +17,15 @@ class NotVerified(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing that was checked: `verdict`, or "absent" where there was nothing to check."""
+    """One thing that was checked: `verdict`, or "absent" where there was nothing to check.
+
+    `worst` is the largest error of a product in u·Σ|J||g|, of a check that measures it.
+    """
 
     name: str
     verdict: str
     detail: str
+    worst: float | None = None
 
 
 @dataclasses.dataclass
@@ -32,8 +36,8 @@ class Findings:
     reasons: list[str] = dataclasses.field(default_factory=list)
     witness: str = ""
 
-    def add(self, name: str, verdict: str, detail: str, reason: str = "") -> None:
-        self.checks.append(Check(name, verdict, detail))
+    def add(self, name: str, verdict: str, detail: str, reason: str = "", worst: float | None = None) -> None:
+        self.checks.append(Check(name, verdict, detail, worst))
         if reason:
             self.reasons.append(reason)
 

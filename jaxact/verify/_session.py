@@ -199,8 +199,10 @@ class Session:
             self, f=ours, reference=exact, derivative=None, wanted=(), order=self.order - 1, transforms=transforms,
             edges=None, knows_value=False,
         ).run()  # fmt: skip
-        worst = next((c.detail for c in report.checks if c.verdict == report.verdict), "")
-        self.findings.add(name, report.verdict, worst)
+        telling = [c for c in report.checks if c.verdict == report.verdict]
+        # Of what is verified the largest error, and of what is not the first thing found.
+        found = max(telling, key=lambda c: -1 if c.worst is None else c.worst, default=None)
+        self.findings.add(name, report.verdict, found.detail if found else "")
         self.findings.reasons += [f"second derivative: {r}" for r in report.reasons]
 
 
