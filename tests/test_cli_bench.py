@@ -17,6 +17,7 @@ import pytest
 
 import jaxact
 from jaxact._cli import (
+    _bench_compare as compare,
     _bench_figure as figure,
     _bench_measure as measure,
     _bench_report as report,
@@ -246,16 +247,16 @@ def test_changes_are_found(tmp_path: Path) -> None:
     file.write_text(json.dumps(numbers), encoding="utf-8")
     after = [made_up(1.2, 0.05), made_up(1.2, what="value+gradient"), made_up(1.04, dtype="bfloat16")]
     now = outcome(*after, made_up(5.0, function="new"))
-    rows, notes = report.changes(report.read(file), now)
+    rows, notes = compare.changes(compare.read(file), now)
     assert rows == [("1.00 ±0.02", "1.20 ±0.06", "1.20", "float32", "128×256", "jit", "value", "softmax")]
     assert notes[0] == "1 of 3 cells of both runs have changed by more than both spreads and 5 %"
     assert notes[1:] == [f"Other versions: jax 0.0.1 → {now.versions['jax']}"]
     large, small = made_up(1.5), made_up(9.0, what="value+gradient", bytes=4)
-    assert [row[0] for row in report.changes(report.read(file), outcome(small, large))[0]] == [
+    assert [row[0] for row in compare.changes(compare.read(file), outcome(small, large))[0]] == [
         "1.00 ±0.02",
         "1.00 ±0.30~",
     ]
-    halved, _ = report.changes(report.read(file), outcome(made_up(0.5, 0.1)))
+    halved, _ = compare.changes(compare.read(file), outcome(made_up(0.5, 0.1)))
     assert halved[0][2] == "0.50"
 
 

@@ -1,11 +1,10 @@
-"""What `bench` says of its cells: the rows, the summary, what has changed since another run, and the files."""
+"""What `bench` says of its cells: the rows, the summary and the files."""
 
 import dataclasses
 import json
 import math
 import os
 import platform
-from argparse import ArgumentError
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,9 @@ def row(cells: list[Cell]) -> tuple[str, ...]:
     return (
         value.dtype,
         shape_text(value),
-        _with_spread(value.of_peer),
+        with_spread(value.of_peer),
         _bare(value.of_limit),
-        _with_spread(gradient.of_peer),
+        with_spread(gradient.of_peer),
         _bare(gradient.of_limit),
         "/".join(map(_bare, eager)) or "–",
         _mebibytes(gradient.temporary),
@@ -107,7 +106,7 @@ def compiling(cell: Cell) -> float:
     return ours / peer
 
 
-def _with_spread(r: Ratio) -> str:
+def with_spread(r: Ratio) -> str:
     digits = 2 if r.ratio < 9.995 else 1
     return f"{r.ratio:.{digits}f} ±{r.ratio * r.spread:.{digits}f}{_mark(r)}"
 
@@ -140,7 +139,7 @@ def summary(outcome: Outcome) -> list[str]:
             f"{len(large) // 2} cells of 64 KiB or more each, under jit"
         )
         slow = sorted((c for c in large if c.of_peer.ratio > 1 + CHANGED), key=lambda c: -c.of_peer.ratio)
-        worst = "; ".join(f"{_name(c)} {_with_spread(c.of_peer)}" for c in slow[:5])
+        worst = "; ".join(f"{_name(c)} {with_spread(c.of_peer)}" for c in slow[:5])
         unsure = sum(not c.of_peer.certain for c in slow)
         count = f"{len(slow)} of {len(large)} cells" + (f", {unsure} of them uncertain (~)" if unsure else "")
         lines.append(f"Slower by more than 5 %: {count}{': ' if slow else ''}{worst}")
@@ -169,7 +168,7 @@ def _costs(outcome: Outcome) -> list[str]:
         ratios = [c.of_peer.ratio for c in eager]
         most = max(eager, key=lambda c: c.of_peer.ratio)
         lines.append(f"Eager: {np.median(ratios):.2f} of the peers' time (median), at most "
-                     f"{_with_spread(most.of_peer)}, {_name(most)}")  # fmt: skip
+                     f"{with_spread(most.of_peer)}, {_name(most)}")  # fmt: skip
     jit = [c for c in outcome.cells if c.compiling]
     most = max(jit, key=compiling)
     lines.append(f"Compiling: {np.median([*map(compiling, jit)]):.1f} of the peers' time (median), at most "
@@ -192,63 +191,6 @@ def _scaling(outcome: Outcome) -> str:
         return "Cores: this system cannot keep threads to one, so that the speed-up is not measured"
     texts = ", ".join(f"{name} {of:.2f}" for name, of in outcome.speedup.items())
     return f"Speed-up of value and gradient from 1 to {outcome.cores} cores: {texts}"
-
-
-# Comparing with another run
-
-
-@dataclasses.dataclass(frozen=True)
-class Old:
-    """What `bench.json` says of another run."""
-
-    ratios: dict[tuple[Any, ...], Ratio]
-    versions: dict[str, Any]
-    hardware: dict[str, Any]
-
-
-def read(path: Path) -> Old:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ratios = {_key(c): Ratio(float(c["of_peer"]["ratio"]), float(c["of_peer"]["spread"])) for c in found["cells"]}
-        if not all(0 < number < math.inf for r in ratios.values() for number in (r.ratio, r.spread + 1)):
-            raise ValueError("a ratio is not positive")
-        return Old(ratios, dict(found["versions"]), dict(found["hardware"]))
-    except OSError as error:
-        raise ArgumentError(None, f"cannot read {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ArgumentError(None, f"{path} is not a bench.json that `jaxact bench` has written.") from None
-
-
-def _key(c: dict[str, Any]) -> tuple[Any, ...]:
-    return c["function"], c["peer"], c["dtype"], tuple(c["shape"]), c["mode"], c["what"]
-
-
-COMPARED = ("old", "new", "new/old", "dtype", "shape", "mode", "what", "function")
-
-
-def changes(old: Old, outcome: Outcome) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The cells whose ratio to the peer has changed by more than both spreads, and notes."""
-    found, common = [], 0
-    for c in outcome.cells:
-        before = old.ratios.get(_key(c._asdict()))
-        if before is None:
-            continue
-        common += 1
-        of = c.of_peer.ratio / before.ratio
-        if abs(math.log(of)) > math.log1p(max(CHANGED, before.spread, c.of_peer.spread)):
-            texts = (_with_spread(before), _with_spread(c.of_peer), f"{of:.2f}")
-            found.append(
-                (c.bytes < LARGE, -abs(math.log(of)), (*texts, c.dtype, shape_text(c), c.mode, c.what, c.function))
-            )
-    found.sort()  # calls of microseconds vary from process to process by more than within one, and come last
-    notes = [f"{len(found)} of {common} cells of both runs have changed by more than both spreads and 5 %"]
-    for name, was, now in (("versions", old.versions, outcome.versions), ("hardware", old.hardware, outcome.hardware)):
-        differing = [
-            f"{k} {was.get(k)} → {now.get(k)}" for k in dict.fromkeys((*was, *now)) if was.get(k) != now.get(k)
-        ]
-        if differing:
-            notes.append(f"Other {name}: {', '.join(differing)}")
-    return [texts for _, _, texts in found], notes
 
 
 # The files

@@ -50,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
         choices = ", ".join(NAMES)
         raise ArgumentError(None, f"there is no function {unknown[0]!r} to measure: choose from {choices}.")
     require("demo", "optax", "rich", "matplotlib")
-    from jaxact._cli import _bench_report as report
+    from jaxact._cli import _bench_compare as compare, _bench_report as report
 
-    old = report.read(arguments.compare) if arguments.compare else None
+    old = compare.read(arguments.compare) if arguments.compare else None
     make_directory(arguments.out)
     from rich.console import Console
 
@@ -63,12 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"{line}." if line else "", soft_wrap=True)
     sections: list[str] = []
     if old:
-        rows, notes = report.changes(old, outcome)
-        for texts in (report.COMPARED, *rows) if rows else ():
+        rows, notes = compare.changes(old, outcome)
+        for texts in (compare.COMPARED, *rows) if rows else ():
             console.print(_line(texts, CHANGE_WIDTHS), soft_wrap=True)
         for note in notes:
             console.print(f"{note}.", soft_wrap=True)
-        lines = report.table(report.COMPARED, rows) if rows else []
+        lines = report.table(compare.COMPARED, rows) if rows else []
         sections = [f"## Since {arguments.compare.name}", "", *lines, "", *(f"{note}." for note in notes), ""]
     written = report.write(outcome, sections, arguments.out)
     console.print(f"Written to {arguments.out}: {', '.join(written)}.", soft_wrap=True)
