@@ -12,14 +12,14 @@ import ml_dtypes
 import mpmath
 import numpy as np
 
-from jaxact._cli._verify_subjects import (
-    SUBJECTS,
+from jaxact._cli._verify_references import (
     logit as logit,
     quietly,
     sigmoid as sigmoid,
     sigmoid_slope as sigmoid_slope,
     softplus as softplus,
 )
+from jaxact._cli._verify_subjects import SUBJECTS
 
 Oracle = Callable[[np.ndarray], np.ndarray]
 

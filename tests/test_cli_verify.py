@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import jaxact
-from jaxact._cli import _verify_subjects as subjects, main, verify
+from jaxact._cli import _verify_references as references, _verify_subjects as subjects, main, verify
 from jaxact._cli.verify import _table
 from jaxact.verify import Report
 
@@ -133,7 +133,7 @@ def test_exhaustively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "logit, every float32:\n  verified: " in capsys.readouterr().out
 
 
-REPORT = subjects.values(jaxact.sigmoid, subjects.sigmoid, dtype=np.float32, points=np.zeros(1))
+REPORT = subjects.values(jaxact.sigmoid, references.sigmoid, dtype=np.float32, points=np.zeros(1))
 
 
 @pytest.mark.parametrize("name", oracles.VALUE_AND_SLOPE)

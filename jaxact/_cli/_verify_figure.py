@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from jaxact._cli._figures import BLACK, DOTS, GREEN, INK, MUTED, finish, slide
-from jaxact._cli._verify_subjects import SUBJECTS, Function, rounded
+from jaxact._cli._verify_references import Function
+from jaxact._cli._verify_subjects import SUBJECTS, rounded
 from jaxact.verify._values import ulp_errors
 
 POINTS, BINS = 6000, 60
