@@ -17,6 +17,7 @@ pytest.importorskip("flax")
 
 from jaxact import _chunks
 from jaxact._cli import _head_figure as figure, _head_model as model, head, main
+from jaxact._cli._record import plain
 
 TINY = ["--vocab", "3000,64", "--steps", 4, "--batch", 64, "--features", 4]
 SHARDED = ["--vocab", "64", "--steps", "6", "--batch", "32", "--features", "4", "--devices", "8"]
@@ -134,7 +135,7 @@ def test_divergence_is_reported() -> None:
     found = outcome(head_settings(vocab=[9], batch=8, features=2), costs, np.nan)
     assert found.verdict == "are not comparable: a loss is not finite, so lower the learning rate"
     assert "The two heads are not comparable" in drawn(found)
-    assert head._as_json(found)["losses"]["fused"] == [3, 2, None]
+    assert plain(head._as_json(found))["losses"]["fused"] == [3, 2, None]
     same = outcome(head_settings(vocab=[9], batch=8, features=2), costs)
     assert "All 2 losses agree to a relative" not in drawn(found)
     assert "All 2 losses agree to the last bit" in drawn(same)

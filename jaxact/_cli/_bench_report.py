@@ -1,7 +1,6 @@
 """What `bench` says of its cells: the rows, the summary and the files."""
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -14,7 +13,7 @@ import numpy as np
 
 from jaxact._cli._arguments import writing
 from jaxact._cli._bench_measure import LARGE, UNCERTAIN, Cell, Ratio
-from jaxact._cli._record import plain, version
+from jaxact._cli._record import versions, write_json
 
 COLUMNS = ("dtype", "shape", "value", "limit", "value+grad", "limit", "eager", "temp MiB", "kept MiB", "compile")
 LEGEND = (
@@ -35,7 +34,7 @@ class Outcome:
     importing: tuple[float, float]  # seconds of import jax, and of import jaxact after it
     cores: int
     speedup: dict[str, float]  # from one core to all; empty where threads cannot be kept to one
-    versions: dict[str, str | None] = dataclasses.field(default_factory=lambda: _versions())
+    versions: dict[str, str | None] = dataclasses.field(default_factory=lambda: versions("optax"))
     hardware: dict[str, Any] = dataclasses.field(default_factory=lambda: _hardware())
 
     @property
@@ -50,11 +49,6 @@ class Outcome:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _versions() -> dict[str, str | None]:
-    packages = ("jaxact", "jax", "jaxlib", "numpy", "optax")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _hardware() -> dict[str, Any]:
@@ -201,9 +195,8 @@ def write(outcome: Outcome, sections: list[str], directory: Path) -> list[str]:
     from jaxact._cli._bench_figure import draw
 
     names = ["bench.json", "bench.md", "bench.png"]
-    text = json.dumps(as_json(outcome), indent=1, ensure_ascii=False, allow_nan=False)
     with writing(directory):
-        (directory / names[0]).write_text(text + "\n", encoding="utf-8")
+        write_json(directory / names[0], as_json(outcome))
         (directory / names[1]).write_text("\n".join([*_markdown(outcome), *sections]), encoding="utf-8")
         draw(outcome).savefig(directory / names[2])
     return names
@@ -218,7 +211,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     jax_alone, more = outcome.importing
     means = {what: outcome.mean(what) for what in _WHATS}
     rest = {"importing": {"jax": jax_alone, "jaxact": more}, "geometric_means": means}
-    return plain(fields | rest | {"cells": [of(c) for c in outcome.cells]})
+    return fields | rest | {"cells": [of(c) for c in outcome.cells]}
 
 
 def _markdown(outcome: Outcome) -> list[str]:

@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import functools
-import platform
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from jaxact._cli._converge_data import Data
-from jaxact._cli._record import plain, version
+from jaxact._cli._record import versions
 from jaxact.classifiers import Fit, Twins
 
 if TYPE_CHECKING:
@@ -112,25 +111,22 @@ def table(outcome: Outcome) -> "Table":
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """Every number, for `json.dump`. A float is the exact value of the one computed; null stands for inf and nan."""
+    """Every number. A float is the exact value of the one computed."""
     data, settings = outcome.data, vars(outcome.settings)
     keys = ("optimizer", "learning_rate", "steps", "float64", "unmatched", "seed", "label")
-    return plain(
-        {
-            "verdict": f"The two classifiers are {outcome.verdict}.",
-            "settings": {key: settings[key] for key in keys}
-            | {"csv": settings["csv"] and str(settings["csv"]), "weight_decay": outcome.weight_decay},
-            "data": {
-                "name": data.name,
-                "examples": len(data.y),
-                "features": data.features,
-                "classes": data.classes,
-                "labels": data.y,
-            },
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("jaxact", "jax", "jaxlib", "numpy", "optax")},
-            "backend": jax.default_backend(),
-            "results": outcome.numbers,
-            "decision": dataclasses.asdict(outcome.decision),
-        }
-    )
+    return {
+        "verdict": f"The two classifiers are {outcome.verdict}.",
+        "settings": {key: settings[key] for key in keys}
+        | {"csv": settings["csv"] and str(settings["csv"]), "weight_decay": outcome.weight_decay},
+        "data": {
+            "name": data.name,
+            "examples": len(data.y),
+            "features": data.features,
+            "classes": data.classes,
+            "labels": data.y,
+        },
+        "versions": versions("optax"),
+        "backend": jax.default_backend(),
+        "results": outcome.numbers,
+        "decision": dataclasses.asdict(outcome.decision),
+    }

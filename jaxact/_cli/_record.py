@@ -1,7 +1,10 @@
-"""What the JSON files record: plain values, and the versions of the packages."""
+"""The JSON files: plain values, and the versions of the packages."""
 
 import importlib.metadata
+import json
 import math
+import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,19 @@ def plain(value: Any) -> Any:
     return value
 
 
-def version(package: str) -> str | None:
+def write_json(path: Path, value: Any) -> None:
+    """In it null stands for inf and nan too."""
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def versions(*others: str) -> dict[str, str | None]:
+    """Those of Python, of what every command uses, and of other packages."""
+    packages = ("jaxact", "jax", "jaxlib", "numpy", *others)
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str | None:
     """The installed version; None where a package is used from its folder, without being installed."""
     try:
         return importlib.metadata.version(package)

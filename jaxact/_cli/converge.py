@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import sys
 import warnings
 from argparse import ArgumentError
@@ -18,6 +17,7 @@ from jaxact import classifiers
 from jaxact._cli._arguments import make_directory, positive, require, whole, writing
 from jaxact._cli._converge_data import Data, breast_cancer, read_csv
 from jaxact._cli._converge_report import OURS, PEER, Decision, Outcome, as_json, table
+from jaxact._cli._record import write_json
 from jaxact.classifiers import Params, Twins
 
 if TYPE_CHECKING:
@@ -140,5 +140,5 @@ def _write(outcome: Outcome, directory: Path) -> list[str]:
             warnings.filterwarnings("ignore", "Glyph .* missing")  # names in a script that the font does not have
             for name in names[:2]:
                 figure.savefig(directory / name)
-        (directory / names[2]).write_text(json.dumps(as_json(outcome), indent=1, allow_nan=False), encoding="utf-8")
+        write_json(directory / names[2], as_json(outcome))
     return names

@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
-import platform
 import re
 import sys
 import time
@@ -16,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxact._cli._arguments import make_directory, positive, require, whole, writing
-from jaxact._cli._record import plain, version
+from jaxact._cli._record import versions, write_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -203,25 +201,23 @@ def _write(outcome: "Outcome", directory: Path) -> list[str]:
     with writing(directory):
         for name in names[:2]:
             figure.savefig(directory / name)
-        (directory / names[2]).write_text(json.dumps(_as_json(outcome), indent=1, allow_nan=False), encoding="utf-8")
+        write_json(directory / names[2], _as_json(outcome))
     return names
 
 
 def _as_json(outcome: "Outcome") -> dict[str, Any]:
-    """Every number; null stands for inf and nan, and for what was not measured."""
-    settings, packages = outcome.settings, ("jaxact", "jax", "jaxlib", "numpy", "flax", "optax")
+    """Every number; None stands for what was not measured."""
+    settings = outcome.settings
     keys = ("vocab", "steps", "batch", "features", "learning_rate", "seed", "devices")
     costs = {str(size): {n: cost._asdict() for n, cost in of.items()} for size, of in outcome.costs.items()}
-    return plain(
-        {
-            "verdict": f"The two heads {outcome.verdict}.",
-            "settings": {key: getattr(settings, key) for key in keys},
-            "text": {"words": outcome.words, "distinct": outcome.distinct},
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-            "backend": jax.default_backend(),
-            "losses": outcome.losses,
-            "largest_relative_gap": outcome.gap,
-            "steps": costs,
-            "sharded": outcome.sharded and outcome.sharded._asdict(),
-        }
-    )
+    return {
+        "verdict": f"The two heads {outcome.verdict}.",
+        "settings": {key: getattr(settings, key) for key in keys},
+        "text": {"words": outcome.words, "distinct": outcome.distinct},
+        "versions": versions("flax", "optax"),
+        "backend": jax.default_backend(),
+        "losses": outcome.losses,
+        "largest_relative_gap": outcome.gap,
+        "steps": costs,
+        "sharded": outcome.sharded and outcome.sharded._asdict(),
+    }

@@ -3,11 +3,9 @@
 import argparse
 import functools
 import importlib
-import json
 import multiprocessing
 import operator
 import os
-import platform
 import re
 import signal
 import sys
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxact._cli._arguments import make_directory, positive, require, whole, writing
-from jaxact._cli._record import plain, version
+from jaxact._cli._record import versions, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -261,21 +259,21 @@ def _write(reports: list["Report"], rows: list[Row], directory: Path) -> list[st
     from jaxact._cli._verify_figure import draw
 
     names = ["verify.json", "verify.md", "verify.png"]
-    versions = {"python": platform.python_version()} | {n: version(n) for n in ("jaxact", "jax", "jaxlib", "numpy")}
-    numbers = plain({"versions": versions, "reports": [dataclasses.asdict(report) for report in reports]})
-    text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False)
     with writing(directory):
-        (directory / names[0]).write_text(text + "\n", encoding="utf-8")
-        (directory / names[1]).write_text(_markdown(reports, rows, versions), encoding="utf-8")
+        write_json(
+            directory / names[0],
+            {"versions": versions(), "reports": [dataclasses.asdict(report) for report in reports]},
+        )
+        (directory / names[1]).write_text(_markdown(reports, rows), encoding="utf-8")
         draw().savefig(directory / names[2])
     return names
 
 
-def _markdown(reports: list["Report"], rows: list[Row], versions: dict[str, str | None]) -> str:
+def _markdown(reports: list["Report"], rows: list[Row]) -> str:
     shown = [i for i, column in enumerate(COLUMNS) if column != "s"]  # which changes from run to run
     cells = [[row[i].replace("|", "\\|") for i in shown] for row in (COLUMNS, *rows)]
     cells.insert(1, ["---"] * len(shown))
-    known = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     lines = ["# The derivative rules of jaxact", "", f"{known}.", ""]
     lines += [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join([*lines, "", f"{LEGEND}.", "", *(report.to_markdown() for report in reports)])
