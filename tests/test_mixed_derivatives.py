@@ -3,6 +3,7 @@
 And those beside entries, rows and terms that do not count, of which nothing may be left.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,10 @@ def of_labels(z: Any, y: Any, smoothing: Any, z_loss: Any, weights: Any) -> Any:
     return -(1 - smoothing) * at_label - spread + z_loss * lse**2
 
 
+def our_focal(*arguments: Any) -> Any:
+    return losses.sigmoid_focal_loss(*arguments).sum()
+
+
 def adjusted(z: Any, cap: Any, temperature: Any) -> Any:
     return cap * jnp.tanh(z / cap) / temperature
 
@@ -74,7 +79,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
         ([1.0, 2.0, 0.0], HARD, [0.5, 1.0, 2.0]),
     ),
     **{
-        f"focal, {name}": (lambda *a: losses.sigmoid_focal_loss(*a).sum(), focal, (x, y, 0.25, gamma))
+        f"focal, {name}": (our_focal, focal, (x, y, 0.25, gamma))
         for name, x, y, gamma in (
             ("soft", [1.0, 0.0, -1.0], SOFT, 1.5),
             ("hard", [0.0, 0.0, -1.0], HARD, 2.0),
@@ -110,17 +115,29 @@ def few(cases: Any, *slow: str) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.exhaustive] if name in slow else []) for name in cases]
 
 
+@functools.cache
+def derivatives(*ways: tuple[Callable[..., Any], Any, Any]) -> Any:
+    """By each way, a function and two modes: its first and second derivatives in all arguments.
+
+    They are one program, for all cases of the same functions: most of the time is that of its compilation.
+    """
+
+    def by(f: Callable[..., Any], inner: Any, outer: Any, *arguments: Any) -> Any:
+        every = tuple(range(len(arguments)))
+
+        def twice(*arguments: Any) -> Any:
+            return (inner(f, every)(*arguments),) * 2
+
+        return jax.tree.leaves(outer(twice, every, has_aux=True)(*arguments))
+
+    return jax.jit(lambda *arguments: [by(*way, *arguments) for way in ways])
+
+
 @pytest.mark.parametrize("name", few(CASES, "head"))
 def test_second_derivatives_in_every_pair_of_arguments(name: str, x64: None) -> None:
     ours, textbook, given = CASES[name]
-    arguments = tuple(jnp.asarray(a, float) for a in given)
-    everywhere = tuple(range(len(arguments)))
-
-    def derivatives(f: Callable[..., Any]) -> Any:
-        gradient = jax.grad(f, everywhere)
-        return jax.jit(lambda *a: (gradient(*a), jax.jacfwd(gradient, everywhere)(*a)))(*arguments)
-
-    for got, want in zip(*(jax.tree.leaves(derivatives(f)) for f in (ours, textbook)), strict=True):
+    run = derivatives((ours, jax.grad, jax.jacfwd), (textbook, jax.grad, jax.jacfwd))
+    for got, want in zip(*run(*(np.asarray(a, float) for a in given)), strict=True):
         # The textbook's formulas lose some digits of 16; a term that is missing is some hundredths at least.
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-10, atol=1e-11)
 
@@ -157,17 +174,18 @@ def our_weightless(reduction: Any) -> Callable[..., Any]:
     )
 
 
+def our_weighted(a: Any) -> Any:
+    return 3 * jaxact.logsumexp(a, b=jnp.array([0.0, 1.0, 2.0]))  # 3 times a large number is infinite
+
+
+def of_weighted(a: Any) -> Any:
+    return 3 * logsumexp(a[1:] + jnp.log(jnp.array([1.0, 2.0])))
+
+
 BESIDE: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]]
 BESIDE = {f"ignored rows of {a}": (our_rows_that_count, of_rows_that_count, (
     [[1.0, 1.0, -2.0], [a, 0.0, a]], 5.0, 1.3, 0.1, 0.3, [1.0, 2.0, 0.5])) for a in (NAN, 1e3)}  # fmt: skip
-BESIDE |= {
-    f"a weight of 0 at {a}": (
-        lambda a: 3 * jaxact.logsumexp(a, b=jnp.array([0.0, 1.0, 2.0])),  # 3 times a large number is infinite
-        lambda a: 3 * logsumexp(a[1:] + jnp.log(jnp.array([1.0, 2.0]))),
-        ([a, 0.0, 1.0],),
-    )
-    for a in (1e3, INF, NAN, -INF)
-}
+BESIDE |= {f"a weight of 0 at {a}": (our_weighted, of_weighted, ([a, 0.0, 1.0],)) for a in (1e3, INF, NAN, -INF)}
 BESIDE |= {
     "a class that does not exist": (
         lambda z, e, w: integer_loss(z, 0, label_smoothing=e, class_weight=w),
@@ -189,14 +207,9 @@ BESIDE |= {
 @pytest.mark.parametrize("name", few(BESIDE, "ignored rows of 1000.0", "a token of no weight, none"))
 def test_what_does_not_count_is_in_no_derivative(name: str, x64: None) -> None:
     ours, textbook, given = BESIDE[name]
-    arguments = tuple(jnp.asarray(a, float) for a in given)
-    every = tuple(range(len(arguments)))
-
-    def derivatives(f: Callable[..., Any], mode: Any) -> Any:
-        derivative = mode(f, every)
-        return jax.tree.leaves(jax.jit(lambda *a: (derivative(*a), mode(derivative, every)(*a)))(*arguments))
-
-    want = derivatives(textbook, jax.jacrev)
-    for mode in (jax.jacfwd, jax.jacrev):
-        for a, b in zip(derivatives(ours, mode), want, strict=True):
+    want, *ours_in_both = derivatives(
+        (textbook, jax.jacrev, jax.jacrev), (ours, jax.jacfwd, jax.jacfwd), (ours, jax.jacrev, jax.jacrev)
+    )(*(np.asarray(a, float) for a in given))
+    for got in ours_in_both:
+        for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-10, atol=1e-11)  # as above
