@@ -87,9 +87,10 @@ def test_axis_and_agreement_with_optax(axis: Any) -> None:
 
 def test_binary_losses_agree_with_optax() -> None:
     x, y = np.float32(X), np.float32(SOFT)
-    pairs = [(binary_loss(x, y), optax.losses.sigmoid_binary_cross_entropy(x, y))]
+    binary, focal = jax.jit(optax.losses.sigmoid_binary_cross_entropy), jax.jit(optax.losses.sigmoid_focal_loss)
+    pairs = [(binary_loss(x, y), binary(x, y))]
     for options in ({}, {"alpha": 0.25}, {"alpha": 0.25, "gamma": 1.5}, {"gamma": 0.0}, {"gamma": 3}):
-        pairs.append((focal_loss(x, y, **options), optax.losses.sigmoid_focal_loss(x, y, **options)))
+        pairs.append((focal_loss(x, y, **options), focal(x, y, **options)))
     for got, want in pairs:
         # optax subtracts p_t ≤ 0.999 from 1, and takes the third power of the difference.
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=3 * 1000 * U)
@@ -204,31 +205,43 @@ def test_what_has_no_weight_does_not_matter_even_at_infinity() -> None:
         assert dense_loss(x, one_hot, **given) == 0
 
 
-@pytest.mark.parametrize("label", [0, 1])
-def test_infinite_logits_with_smoothing_and_z_loss(label: int) -> None:
+def test_infinite_logits_with_smoothing_and_z_loss() -> None:
     # Smoothing gives a class a share whose −log p is infinite.
-    x, one_hot = jnp.array([INF, 1.0, 0.0]), jnp.eye(3)[label]
-    for loss in (lambda x, **o: integer_loss(x, label, **o), lambda x, **o: dense_loss(x, one_hot, **o)):
-        assert loss(x, label_smoothing=0.1) == INF
-        assert loss(x, z_loss=0.1) == INF
-        assert not jnp.isnan(jax.grad(lambda x, loss=loss: loss(x, z_loss=0.1))(x)).any()
+    x = np.array([[INF, 1, 0]] * 2, np.float32)
+    losses: list[Any] = [(integer_loss, np.arange(2)), (dense_loss, np.eye(2, 3, dtype=np.float32))]
+    for loss, labels in losses:
+
+        @jax.jit
+        def run(x: Any, labels: Any, option: float, loss: Any = loss) -> Any:
+            value, pull = jax.vjp(lambda x: loss(x, labels, z_loss=option), x)
+            return loss(x, labels, label_smoothing=option), value, *pull(jnp.ones(2))
+
+        smoothed, value, gradient = run(x, labels, 0.1)
+        assert smoothed.tolist() == value.tolist() == [INF, INF]
+        assert not np.isnan(gradient).any()
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1, "temperature": 2.0}])
 def test_a_row_without_classes_has_no_loss(options: dict[str, Any]) -> None:
-    x, one_hot = jnp.full(3, -INF), jnp.eye(3)[1]
-    for loss in (lambda x: integer_loss(x, 1, **options), lambda x: dense_loss(x, one_hot, **options)):
-        assert loss(x) == 0
-        assert jax.grad(loss)(x).tolist() == [0, 0, 0]
+    @jax.jit
+    def run(x: Any, one_hot: Any, options: dict[str, Any]) -> Any:
+        both = (lambda x: integer_loss(x, 1, **options), lambda x: dense_loss(x, one_hot, **options))
+        return [(loss(x), jax.grad(loss)(x)) for loss in both]
+
+    for value, gradient in run(np.full(3, -INF, np.float32), np.eye(3, dtype=np.float32)[1], options):
+        assert value == 0
+        assert gradient.tolist() == [0, 0, 0]
+
+
+second_of_focal = jax.jit(jax.vmap(jax.hessian(focal_loss), (0, None, None, None)))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 2.5])
 def test_second_derivatives_of_the_focal_loss_are_numbers(gamma: float) -> None:
-    x = jnp.array([30.0, 45.0, 60.0, 80.0, 90.0, 200.0, 1e4])
+    x = np.array([30, 45, 60, 80, 90, 200, 1e4], np.float32)
     for y in (0.0, 1.0):
-        second = jax.jit(jax.vmap(jax.hessian(lambda x, y=y: focal_loss(x, y, gamma=gamma))))
-        assert jnp.isfinite(second(x)).all()
-        assert jnp.isfinite(second(-x)).all()
+        assert np.isfinite(second_of_focal(x, y, None, gamma)).all()
+        assert np.isfinite(second_of_focal(-x, y, None, gamma)).all()
 
 
 def test_derivative_of_the_focal_loss_in_gamma() -> None:
@@ -239,6 +252,11 @@ def test_derivative_of_the_focal_loss_in_gamma() -> None:
             got = jax.grad(lambda g, x=x: focal_loss(x, 1, gamma=g))(gamma)
             want = -softplus * np.exp(-gamma * softplus) * loss
             np.testing.assert_allclose(float(got), want, rtol=(32 + 2 * gamma * abs(x)) * U, atol=2.0**-126)
+
+
+@jax.jit
+def second_in_label(x: Any, y: Any, gamma: Any) -> Any:
+    return [mode(jax.grad(focal_loss, 1), 1)(x, y, None, gamma) for mode in (jax.jacfwd, jax.jacrev)]
 
 
 @pytest.mark.parametrize(
@@ -253,9 +271,8 @@ def test_second_derivatives_of_the_focal_loss_in_a_hard_label(x: float, y: float
 
     with mpmath.workdps(60):
         want = float(mpmath.diff(exact, mpmath.mpf(y), 2, h=mpmath.mpf(10) ** -45))
-    for second in (jax.jacfwd(jax.grad(focal_loss, 1), 1), jax.jacrev(jax.grad(focal_loss, 1), 1)):
+    for got in second_in_label(float(x), float(y), float(gamma)):
         # A power of x in u, as of the loss, and some products.
-        got = second(float(x), float(y), None, float(gamma))
         np.testing.assert_allclose(float(got), want, rtol=(32 + 2 * gamma * abs(x)) * U)
 
 
@@ -323,25 +340,31 @@ def test_the_derivative_in_the_softcap(ratio: float) -> None:
     np.testing.assert_allclose(float(got), want, rtol=(10 if ratio < 0.5 else 50) * U)
 
 
+@jax.jit
+def second_of_softcap(x: Any, cap: Any) -> Any:
+    """In x and the cap, by each pair of modes."""
+
+    def loss(x: Any, cap: Any) -> Any:
+        return integer_loss(jnp.stack([x, jnp.zeros_like(x)]), 1, logit_softcap=cap)
+
+    modes = (jax.jacfwd, jax.jacrev)
+    return [jnp.ravel(jnp.array(outer(inner(loss, (0, 1)), (0, 1))(x, cap))) for outer in modes for inner in modes]
+
+
 @pytest.mark.parametrize("ratio", [-44.0, 0.3, 5.0, 8.0, 12.0, 30.0])
 def test_second_derivatives_of_the_softcap(ratio: float) -> None:
     # log(1 + e^{c tanh(x/c)}) in x and the cap c. Where e is large its square is, and tanh is 1 to the last bit.
     cap = 4.0
     x = np.float32(cap * ratio)
 
-    def loss(x: Any, cap: Any) -> Any:
-        return integer_loss(jnp.stack([x, jnp.zeros_like(x)]), 1, logit_softcap=cap)
-
     def exact(x: Any, cap: Any) -> Any:
         return mpmath.log1p(mpmath.exp(cap * mpmath.tanh(x / cap)))
 
     with mpmath.workdps(120):
         want = [float(mpmath.diff(exact, (mpmath.mpf(float(x)), cap), n)) for n in ((2, 0), (1, 1), (1, 1), (0, 2))]
-    for outer in (jax.jacfwd, jax.jacrev):
-        for inner in (jax.jacfwd, jax.jacrev):
-            got = jnp.ravel(jnp.array(outer(inner(loss, (0, 1)), (0, 1))(x, cap)))
-            # As the first derivative in the cap, of terms of either sign; measured 14. What is not normal may be 0.
-            np.testing.assert_allclose(got, want, rtol=50 * U, atol=2.0**-126)
+    for got in second_of_softcap(x, cap):
+        # As the first derivative in the cap, of terms of either sign; measured 14. What is not normal may be 0.
+        np.testing.assert_allclose(got, want, rtol=50 * U, atol=2.0**-126)
 
 
 @pytest.mark.parametrize("rows", [3, 256, 4096])
@@ -353,14 +376,16 @@ def test_a_cap_leaves_a_likely_label_its_loss(rows: int) -> None:
     x[:-1, 3], x[-1] = tops, -200
     z = 30 * np.tanh(np.float64(tops) / 30)
     others = 3 * np.exp(-z)
-    loss, gradient = jax.value_and_grad(lambda x: integer_loss(x, np.full(rows, 3), logit_softcap=30.0).sum())(x)
+    y = np.full(rows, 3)
+    total = jax.jit(jax.value_and_grad(lambda x, y, cap: integer_loss(x, y, logit_softcap=cap).sum()))
+    loss, gradient = total(x, y, 30.0)
     rest = others / (1 + others)
     # An ulp of tanh, and XLA has up to three, is 30 u of the exponential; the product with the cap has 16.
     rtol = 128 * U
     np.testing.assert_allclose(loss - np.float32(np.log(4)), 0, atol=4 * U)
-    np.testing.assert_allclose(gradient[:-1, 3], -rest / np.cosh(np.float64(tops) / 30) ** 2, rtol=rtol)
-    of_each = integer_loss(x, np.full(rows, 3), logit_softcap=30.0)[:-1]
-    np.testing.assert_allclose(of_each, np.log1p(others), rtol=rtol)
+    np.testing.assert_allclose(np.asarray(gradient)[:-1, 3], -rest / np.cosh(np.float64(tops) / 30) ** 2, rtol=rtol)
+    of_each = np.asarray(integer_loss(x, y, logit_softcap=30.0))
+    np.testing.assert_allclose(of_each[:-1], np.log1p(others), rtol=rtol)
 
 
 OF_THREE = pytest.mark.parametrize(
@@ -379,28 +404,38 @@ def test_a_temperature_with_a_large_offset(loss: Any) -> None:
     def f(x: Any, t: Any, z_loss: float) -> Any:
         return loss(x, 1, temperature=t, z_loss=z_loss)
 
+    @jax.jit
+    def run(x: Any, t: Any) -> Any:
+        return [jax.value_and_grad(f, (0, 1))(x, t, z_loss) for z_loss in (0.0, 1e-3)]
+
+    (value, (by_x, by_t)), with_z = run(np.float32(x), t)
     # A dozen roundings of numbers up to twice the result.
     rtol = 24 * U
-    value, (by_x, by_t) = jax.value_and_grad(f, (0, 1))(jnp.float32(x), t, 0.0)
     np.testing.assert_allclose(float(value), -np.log(p[1]), rtol=rtol)
     np.testing.assert_allclose(by_x, (p - [0, 1, 0]) / t, rtol=rtol)
     np.testing.assert_allclose(float(by_t), (z[1] - p @ z) / t, rtol=rtol)
     # With the square of log Σ e^z, which has the offset.
-    value, (by_x, by_t) = jax.value_and_grad(f, (0, 1))(jnp.float32(x), t, 1e-3)
+    value, (by_x, by_t) = with_z
     np.testing.assert_allclose(float(value), -np.log(p[1]) + 1e-3 * lse**2, rtol=rtol)
     np.testing.assert_allclose(by_x, (p - [0, 1, 0] + 2e-3 * lse * p) / t, rtol=rtol)
     np.testing.assert_allclose(float(by_t), (z[1] - p @ z - 2e-3 * lse * (x[2] / t + p @ z)) / t, rtol=rtol)
     # Rows that do not count, and such as have no class.
-    rows, live = jnp.float32([[0, 1, 3], [NAN, INF, 0], [-INF] * 3]), jnp.array([True, False, True])
-    of_rows = jax.grad(lambda t: loss(rows, jnp.ones(3, int), where=live, temperature=t, z_loss=0.1).sum())
-    assert of_rows(2.0) == jax.grad(lambda t: f(rows[0], t, 0.1))(2.0)
+    rows, live = np.array([[0, 1, 3], [NAN, INF, 0], [-INF] * 3], np.float32), np.array([True, False, True])
+
+    @jax.jit
+    @jax.grad
+    def of_rows(t: Any, rows: Any, live: Any) -> Any:
+        return loss(rows, np.ones(3, int), where=live, temperature=t, z_loss=0.1).sum()
+
+    assert of_rows(2.0, rows, live) == jax.jit(jax.grad(lambda t, x: f(x, t, 0.1)))(2.0, rows[0])
 
 
 @OF_THREE
 def test_smoothing_where_the_label_has_no_weight(loss: Any) -> None:
     # What is left is the share of the likely class, −log p = log1p(e⁻²⁰).
-    x, w = jnp.array([0, -20, -INF]), jnp.array([1.0, 0.0, 1.0])
-    value, by_weight = jax.value_and_grad(lambda w: loss(x, 1, label_smoothing=0.25, class_weight=w))(w)
+    x, w = np.array([0, -20, -INF], np.float32), np.array([1, 0, 1], np.float32)
+    run = jax.jit(jax.value_and_grad(lambda w, x, smoothing: loss(x, 1, label_smoothing=smoothing, class_weight=w)))
+    value, by_weight = run(w, x, 0.25)
     # log p by two logarithms, of which the differences from 0 and from 20 have an ulp or two; and two products.
     np.testing.assert_allclose(float(value), 0.125 * np.log1p(np.exp(-20.0)), rtol=8 * U)
     want = [0.125 * np.log1p(np.exp(-20.0)), 0.875 * (20 + np.log1p(np.exp(-20.0))), 0]
@@ -409,19 +444,29 @@ def test_smoothing_where_the_label_has_no_weight(loss: Any) -> None:
 
 @OF_THREE
 def test_options_beside_an_infinite_logit(loss: Any) -> None:
-    x = jnp.array([INF, 0.0, 1.0])
-    assert jax.grad(lambda t: loss(x, 0, temperature=t))(2.0) == 0
-    of_cap = jax.value_and_grad(lambda x, c: loss(x, 0, logit_softcap=c), 1)
-    np.testing.assert_allclose(of_cap(x, 3.0), of_cap(x.at[0].set(1e9), 3.0), rtol=8 * U)
-    assert jax.grad(lambda e: loss(x, 1, label_smoothing=e))(0.1) == 0
-    for option in ("z_loss", "label_smoothing"):  # as for a 0 that is not traced
-        assert jax.jit(lambda x, o, option=option: loss(x, 0, **{option: o}))(x, 0.0) == 0
+    @jax.jit
+    def run(x: Any, t: float, cap: float, smoothing: float, zero: float) -> Any:
+        of_cap = jax.value_and_grad(lambda cap, x: loss(x, 0, logit_softcap=cap))
+        return (
+            jax.grad(lambda t: loss(x, 0, temperature=t))(t),
+            (of_cap(cap, x), of_cap(cap, x.at[0].set(1e9))),
+            jax.grad(lambda smoothing: loss(x, 1, label_smoothing=smoothing))(smoothing),
+            [loss(x, 0, z_loss=zero), loss(x, 0, label_smoothing=zero)],
+        )
+
+    by_t, (capped, far), by_smoothing, of_zero = run(np.array([INF, 0, 1], np.float32), 2.0, 3.0, 0.1, 0.0)
+    assert by_t == by_smoothing == 0
+    np.testing.assert_allclose(capped, far, rtol=8 * U)
+    assert of_zero == [0, 0]  # as for a 0 that is not traced
 
 
 def test_options_of_other_dtypes_leave_that_of_the_loss(x64: None) -> None:
     x, q = jnp.asarray(X, jnp.float32), jnp.asarray(SOFT, jnp.float32)
     options = {name: jnp.asarray(np.array(value)) for name, value in OPTIONS.items()} | {"temperature": jnp.array(2)}
     for f in (lambda x, o: integer_loss(x, Y, **o), lambda x, o: dense_loss(x, q, **o)):
-        value, pull = jax.vjp(lambda x, z, f=f: f(x, options | {"z_loss": z}), x, options["z_loss"])
-        assert value.dtype == jnp.float32
-        assert [a.dtype for a in pull(value)] == [jnp.float32, jnp.float64]
+
+        def run(x: Any, z: Any, f: Any = f) -> Any:
+            value, pull = jax.vjp(lambda x, z: f(x, options | {"z_loss": z}), x, z)
+            return value, *pull(value)
+
+        assert [a.dtype for a in jax.eval_shape(run, x, options["z_loss"])] == [jnp.float32, jnp.float32, jnp.float64]
