@@ -1,5 +1,6 @@
 """What holds of a few rows holds of many: XLA for CPU has other kernels for large arrays, and so have we."""
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -37,6 +38,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 ELEMENTWISE = ("binary", "focal")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_slope(name: str, x: Any, y: Any) -> Any:
+    value, pull = jax.vjp(lambda x: FUNCTIONS[name](x, y), x)
+    return value, pull(jnp.ones_like(value))[0]
+
+
 # What has its kernels by rows is compiled otherwise for few classes, for many rows, for many classes, and for blocks of
 # them; in 16 bits each number is widened first, and then the kernels are the same. What is elementwise has one kernel.
 SHAPES = [(300, 5), (4096, 20), (150, 1000), (128, 2048)]
@@ -46,12 +53,12 @@ SHAPES = [(300, 5), (4096, 20), (150, 1000), (128, 2048)]
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], dtype: str) -> None:
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=shape), jnp.asarray(rng.integers(0, shape[1], shape[0]))
+    x, y = rng.normal(size=shape), rng.integers(0, shape[1], shape[0])
     bad = np.arange(shape[0]) % 7 == 0
     x[bad, rng.integers(0, shape[1], bad.sum())] = NAN
-    value, pull = jax.vjp(jax.jit(lambda x: FUNCTIONS[name](x, y)), jnp.asarray(x, dtype))
+    value, slope = value_and_slope(name, x.astype(dtype), y)
     np.testing.assert_array_equal(np.isnan(np.asarray(value, np.float32)), bad)
-    slope = np.isnan(np.asarray(pull(jnp.ones_like(value))[0], np.float32))
+    slope = np.isnan(np.asarray(slope, np.float32))
     # What has a class to itself has its derivative to itself as well.
     np.testing.assert_array_equal(slope, np.isnan(x) if name in ELEMENTWISE else np.broadcast_to(bad[:, None], shape))
 
@@ -66,10 +73,10 @@ TRIPLES = np.array(list(itertools.product(SPECIAL, repeat=3)), np.float32)
 @pytest.mark.parametrize("name", [*list(FUNCTIONS)[:5], "integer labels", "probabilities"])
 def test_a_nan_beside_infinities(name: str, padding: int) -> None:
     x = np.pad(TRIPLES, ((0, 0), (0, padding)), constant_values=-INF)
-    value, pull = jax.vjp(jax.jit(lambda x: FUNCTIONS[name](x, jnp.arange(len(x)) % 3)), x)
+    value, slope = value_and_slope(name, x, np.arange(len(x)) % 3)
     bad = np.isnan(x).any(1)
     np.testing.assert_array_equal(np.isnan(value), bad)
-    slope = np.isnan(pull(jnp.ones_like(value))[0])
+    slope = np.isnan(slope)
     assert not slope[~bad].any()
     assert (slope | (x == -INF))[bad].all()  # a class that does not exist may have no derivative
 
@@ -113,7 +120,7 @@ def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA removes the barrier, and has not the defect")
 @pytest.mark.parametrize("shape", [(2048, 300), (2048, 1024), (512, 2048), (64, 8192)])
 def test_no_kernel_of_the_library_counts_places(shape: tuple[int, int]) -> None:
-    x, y = jnp.zeros(shape), jnp.zeros(shape[0], int)
+    x, y = jax.ShapeDtypeStruct(shape, jnp.float32), jnp.zeros(shape[0], int)
     loss = losses.softmax_cross_entropy_with_integer_labels
     text = jax.jit(jax.value_and_grad(lambda x: loss(x, y).sum())).lower(x).compile().as_text() or ""
     kernels = re.findall(r"kind=kCustom, calls=(%[\w.]+)", text)

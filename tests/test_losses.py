@@ -94,6 +94,16 @@ def test_values_and_gradients(kind: str, scale: float | str, dtype: str) -> None
     assert (abs(np.asarray(pushed, np.float64) - terms) <= allowed + LOST["float32"]).all()
 
 
+# Every 101st number from 2⁻¹⁰ to 8: beyond, the rounding of x allows for more than there is.
+MAGNITUDE = np.arange(0x3A800000, 0x41000000, 101, dtype=np.int32).view(np.float32)
+EITHER_SIGN = np.concatenate([MAGNITUDE, -MAGNITUDE])
+
+
+@functools.lru_cache(2)  # the next cases ask for the same two
+def exact_focal_loss(positive: bool, gamma: float) -> tuple[Any, Any]:
+    return oracles.focal_loss(EITHER_SIGN, np.full(EITHER_SIGN.shape, positive), gamma)
+
+
 # 4 is documented up to 5; beyond, the rounding of log(1 + e), multiplied by the power, is more. Of every third number
 # the largest are 1.2, 2.0, 1.2, 1.9, 1.6, 2.2, 2.5, 2.2 and 3.5.
 @pytest.mark.parametrize(
@@ -101,15 +111,15 @@ def test_values_and_gradients(kind: str, scale: float | str, dtype: str) -> None
     [(g, a, 3) for g in (1, 2, 3) for a in (None, 0.3)] + [(0.5, None, 3), (1.5, 0.3, 3), (5, 0.3, 4)],
 )
 def test_focal_loss_beyond_what_the_rounding_of_x_changes(gamma: float, alpha: float | None, limit: float) -> None:
-    # Every 101st number from 2⁻¹⁰ to 8: beyond, the rounding of x allows for more than there is.
-    magnitude = np.arange(0x3A800000, 0x41000000, 101, dtype=np.int32).view(np.float32)
     alpha = alpha and float(np.float32(alpha))
     for positive, share in ((True, alpha or 1), (False, 1 - (alpha or 0))):
-        x = np.concatenate([magnitude, -magnitude])
-        value, slope = oracles.focal_loss(x, np.full(x.shape, positive), gamma)
+        x, (value, slope) = EITHER_SIGN, exact_focal_loss(positive, gamma)
         error = abs(np.asarray(focal_loss(x, positive, alpha, gamma), np.float64) - share * value)
         beyond = (error - share * abs(slope * x) * U) / spacing(share * value, "float32")
         assert beyond.max() <= limit, (x[beyond.argmax()], beyond.max())
+
+
+total_and_slope = jax.jit(jax.value_and_grad(lambda x, y: integer_loss(x, y).sum()))
 
 
 @pytest.mark.parametrize("scale", [1, 30])
@@ -126,8 +136,8 @@ def test_long_rows(classes: int, dtype: str, scale: float) -> None:
     x[np.arange(9), y] += np.array([0, 25, 40, 25, 300 if scale == 30 else 60, 0, -30, 15, 0], np.float32)
     logits = jnp.asarray(x, dtype)
     value, gradient, off, moved = oracles.label_cross_entropy(np.asarray(logits, np.float64), y)
-    got, slope = jax.value_and_grad(lambda x: integer_loss(x, jnp.asarray(y)).sum())(logits)
-    each = np.asarray(integer_loss(logits, jnp.asarray(y)), np.float64)
+    got, slope = total_and_slope(logits, y)
+    each = np.asarray(integer_loss(logits, y), np.float64)
     np.testing.assert_allclose(float(got), each.sum(), rtol=8 * U)  # a sum of nine
     # The exponentials' 2 ulp, half an ulp a level of a sum of 4096 positive numbers in a tree, 3 for the division by
     # the label's exponential and 1 of the logarithm. Longer rows have up to three levels more: of so many roundings not
@@ -144,8 +154,13 @@ def test_long_rows(classes: int, dtype: str, scale: float) -> None:
 def of_label_0(x: Any) -> Any:
     """Of [x, 0] and of x alone: value, gradient and Hessian of each loss."""
     row, one_hot = jnp.stack([x, 0 * x]), jnp.array([1, 0], x.dtype)
+
+    def derivatives(f: Any, at: Any) -> Any:
+        second, first = jax.jacfwd(lambda x: (jax.grad(f)(x),) * 2, has_aux=True)(at)
+        return f(at), first, second
+
     return [
-        (f(at), jax.grad(f)(at), jax.hessian(f)(at))
+        derivatives(f, at)
         for f, at in (
             (lambda x: integer_loss(x, 0), row),
             (lambda x: dense_loss(x, one_hot), row),
@@ -251,13 +266,21 @@ def test_special_rows_change_no_other_of_many(rows: int, dtype: str) -> None:
     one_by_one = jax.jit(jax.vmap(run, (0, None)))  # of which each takes the general sum
     for q in (jnp.eye(3, dtype=dtype)[1], jnp.array([0.25, 0.0, 0.75], dtype)):
         (_, value), gradient = run(x, q)
+        value = np.asarray(value)
         (_, alone), slope = one_by_one(x, q)
         # Two ways of which each has at most 4 ulp, of up to 2 u.
-        np.testing.assert_allclose(np.asarray(value), np.asarray(alone), rtol=16 * U)
+        np.testing.assert_allclose(value, np.asarray(alone), rtol=16 * U)
         u = UNIT[dtype]
         np.testing.assert_allclose(np.float32(gradient), np.float32(slope), rtol=16 * u, atol=4 * u)
         (_, ordinary), _ = run(x[len(special) :], q)
-        np.testing.assert_allclose(np.asarray(value[len(special) :]), np.asarray(ordinary), rtol=16 * U)
+        np.testing.assert_allclose(value[len(special) :], np.asarray(ordinary), rtol=16 * U)
+
+
+@jax.jit
+def of_label_1(x: Any, y: Any, q: Any) -> Any:
+    """Value and gradient of either loss."""
+    pairs = (jax.vjp(lambda x: integer_loss(x, y), x), jax.vjp(lambda x: dense_loss(x, q), x))
+    return [(value, pull(jnp.ones_like(value))[0]) for value, pull in pairs]
 
 
 @pytest.mark.parametrize("large", [INF, LARGEST])
@@ -267,22 +290,20 @@ def test_a_label_beside_an_infinite_logit_among_many_rows(rows: int, large: floa
     x = np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32)
     x[7] = large, 0, 1
     special = np.arange(rows) == 7
-    for loss in (lambda x: integer_loss(x, jnp.ones(rows, int)), lambda x: dense_loss(x, jnp.eye(3)[1])):
-        value, pull = jax.vjp(loss, x)
+    for value, slope in of_label_1(x, np.ones(rows, int), np.eye(3, dtype=np.float32)[1]):
         np.testing.assert_array_equal(np.isinf(value), special)
-        assert np.asarray(pull(jnp.ones(rows))[0])[7].tolist() == [1, -1, 0]  # the limit
+        assert np.asarray(slope)[7].tolist() == [1, -1, 0]  # the limit
     want, _, off, _ = oracles.label_cross_entropy(x[~special], np.ones(rows - 1, int))
     assert (abs(np.asarray(value)[~special] - want) <= (8 * want + off) * U).all()  # 4 ulp, and the rounding of x − m
 
 
 def test_shapes_and_labels_of_every_dtype() -> None:
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 300)), jnp.float32)
-    want = integer_loss(x, jnp.array([100, 7]))
-    for dtype in ("int4", "uint4"):
-        narrow = integer_loss(x, jnp.array([1, 7], dtype))
-        np.testing.assert_array_equal(np.asarray(narrow), np.asarray(integer_loss(x, jnp.array([1, 7]))))
-    for dtype in ("int8", "uint8", "uint32"):
-        np.testing.assert_array_equal(np.asarray(integer_loss(x, jnp.array([100, 7], dtype))), np.asarray(want))
+    x = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
+    of_each = jax.jit(lambda x, labels: [integer_loss(x, y) for y in labels])  # one program
+    for y, dtypes in ((np.array([1, 7]), ("int4", "uint4")), (np.array([100, 7]), ("int8", "uint8", "uint32"))):
+        want = integer_loss(x, y)
+        for got in of_each(x, [jnp.array(y, dtype) for dtype in dtypes]):
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     assert jnp.isnan(integer_loss(x, jnp.array([-1, -128], jnp.int8))).all()
     with jax.enable_x64(True):
         assert jnp.isnan(integer_loss(x, jnp.array([2**32, 2**32 + 5]))).all()
@@ -296,11 +317,11 @@ def test_rows_that_do_not_count_and_weights_of_0() -> None:
     x, y, live = jnp.array([[NAN, INF, 1.0], [0.0, 0.0, -INF]]), jnp.array([1, 1]), jnp.array([False, True])
     for f in (lambda x: integer_loss(x, y, where=live), lambda x: dense_loss(x, jax.nn.one_hot(y, 3), where=live)):
         np.testing.assert_allclose(np.asarray(f(x)), [0, np.log(2)], rtol=2 * U)
-        assert jax.grad(lambda x, f=f: f(x).sum())(x).tolist() == [[0, 0, 0], [0.5, -0.5, 0]]
+        assert jax.jit(jax.grad(lambda x, f=f: f(x).sum()))(x).tolist() == [[0, 0, 0], [0.5, -0.5, 0]]
     assert integer_loss(jnp.array([0.0, -INF]), 1, class_weight=jnp.array([1.0, 0.0])) == 0
     elementwise: tuple[Any, ...] = (binary_loss, focal_loss)
     for f in elementwise:
-        value, gradient = jax.vmap(jax.value_and_grad(f))(jnp.zeros(5), jnp.array([-0.1, 1.1, NAN, 0.0, 1.0]))
+        value, gradient = jax.jit(jax.vmap(jax.value_and_grad(f)))(jnp.zeros(5), jnp.array([-0.1, 1.1, NAN, 0.0, 1.0]))
         assert jnp.isnan(value).tolist() == jnp.isnan(gradient).tolist() == [True, True, True, False, False]
 
 
@@ -348,7 +369,7 @@ def test_the_label_among_many_classes(classes: int) -> None:
     x[2, 5], x[3, 2], x[4] = INF, INF, -INF
     x[5, 0] = NAN
     x[7, ::2], x[8, 7] = -INF, 40
-    labels = jax.nn.one_hot(y, classes)  # a row of zeros for the one that does not exist
+    labels = np.eye(classes + 1, classes, dtype=np.float32)[y]  # a row of zeros for the one that does not exist
     live = np.array([True] * 6 + [False] + [True] * 2)
 
     def derivatives(loss: Any, x: Any, y: Any) -> Any:
@@ -372,7 +393,7 @@ def test_the_label_among_many_classes(classes: int) -> None:
         assert np.isnan(value[6])
         np.testing.assert_array_equal(np.isnan(slope).all(-1), (np.arange(9) == 5) | (np.arange(9) == 6))
     # A label whose class does not exist has no derivative, and the others have theirs.
-    alone = jax.grad(lambda x: integer_loss(x, 0))(x[7])
+    alone = np.asarray(jax.jit(jax.grad(integer_loss))(x[7], 0))
     assert alone[0] == 0
     np.testing.assert_allclose(alone[1:].sum(), 1, rtol=32 * U)
 
