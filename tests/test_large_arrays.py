@@ -73,10 +73,10 @@ TRIPLES = np.array(list(itertools.product(SPECIAL, repeat=3)), np.float32)
 @pytest.mark.parametrize("name", [*list(FUNCTIONS)[:5], "integer labels", "probabilities"])
 def test_a_nan_beside_infinities(name: str, padding: int) -> None:
     x = np.pad(TRIPLES, ((0, 0), (0, padding)), constant_values=-INF)
-    value, slope = value_and_slope(name, x, np.arange(len(x)) % 3)
+    value, pull = jax.vjp(jax.jit(lambda x: FUNCTIONS[name](x, jnp.arange(len(x)) % 3)), x)
     bad = np.isnan(x).any(1)
     np.testing.assert_array_equal(np.isnan(value), bad)
-    slope = np.isnan(slope)
+    slope = np.isnan(pull(jnp.ones_like(value))[0])
     assert not slope[~bad].any()
     assert (slope | (x == -INF))[bad].all()  # a class that does not exist may have no derivative
 
