@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxact.verify import _exact
@@ -52,10 +51,8 @@ def autodiff(problem: Problem, f: Any, layout: Layout, signs: np.ndarray | None 
     def products(mode: str, vectors: np.ndarray, x: np.ndarray) -> np.ndarray:
         shapes = problem.vector_shapes(mode)
         with jax.enable_x64(True):
-            parts = tuple(jnp.asarray(p) for p in unravel(vectors, shapes, np.float64))
-            floats = tuple(jnp.asarray(leaf) for leaf in problem.leaves(x, np.float64))
-            noise = None if signs is None else jnp.asarray(signs)
-            return ravel(plain_products(f, problem.spec, mode, floats, problem.others, parts, noise))
+            parts, floats = tuple(unravel(vectors, shapes, np.float64)), problem.leaves(x, np.float64)
+            return ravel(plain_products(f, problem.spec, mode, floats, problem.others, parts, signs))
 
     def at(x: np.ndarray) -> Jacobian:
         if layout.elementwise:

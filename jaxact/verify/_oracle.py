@@ -298,7 +298,7 @@ _compiled_batch = jax.jit(_batch, static_argnums=(0, 1))
 def _jax_values(problem: Problem, f: Any) -> Callable[[np.ndarray], np.ndarray]:
     def at(points: np.ndarray) -> np.ndarray:
         with jax.enable_x64(True):
-            parts = tuple(jnp.asarray(p) for p in unravel(points, problem.in_shapes, np.float64))
+            parts = tuple(unravel(points, problem.in_shapes, np.float64))
             return ravel(_compiled_batch(f, problem.spec, parts, problem.others))
 
     return at

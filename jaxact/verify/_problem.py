@@ -132,7 +132,7 @@ class Problem:
     def products(self, mode: str, variant: str, vectors: np.ndarray) -> np.ndarray:
         """Jᵀg or J v for each row, as `f`'s own rules have it, called `eager`ly or under a transformation."""
         with self.precision():
-            parts = tuple(map(jnp.asarray, unravel(vectors, self.vector_shapes(mode))))
+            parts = tuple(unravel(vectors, self.vector_shapes(mode)))
             if variant == "eager":
                 return ravel(eager_products(self.f, self.spec, mode, self.floats, self.others, parts))
             return ravel(compiled_products(self.f, self.spec, mode, variant, self.floats, self.others, parts))
@@ -148,7 +148,7 @@ class Problem:
             return lambda leaf: flat(*self.floats[:i], leaf, *self.floats[i + 1 :])
 
         with self.precision():
-            parts = tuple(jnp.asarray(part[0]) for part in unravel(vector, self.vector_shapes(mode)))
+            parts = tuple(jax.device_put(part[0]) for part in unravel(vector, self.vector_shapes(mode)))
             if mode == "reverse":
                 got = [jax.vjp(of_leaf(i), leaf)[1](parts)[0] for i, leaf in enumerate(self.floats)]
                 return vector, ravel_one(got)[None]
@@ -165,7 +165,8 @@ class Problem:
             if mode == "reverse":
                 value, _ = jax.vjp(flat, *self.floats)
                 return ravel_one(value)
-            return ravel_one(jax.jvp(flat, self.floats, tuple(map(jnp.zeros_like, self.floats)))[0])
+            at_rest = tuple(jax.device_put(np.zeros(shape, dtype)) for shape, dtype in self.in_shapes)
+            return ravel_one(jax.jvp(flat, self.floats, at_rest)[0])
 
 
 def _role(leaf: Any) -> Any:
@@ -213,9 +214,10 @@ def product_along(flat: Callable[..., Leaves], mode: str, floats: Leaves, vector
     return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
 
 
-def eager_products(f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves, vectors: Leaves) -> Any:
+def eager_products(f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves, vectors: Sequence[Any]) -> Any:
     flat: Any = spec.of_floats(f, others)
-    rows = [tuple(part[i] for part in vectors) for i in range(len(vectors[0]))]
+    # Put there as they are: to index an array of JAX, or to make one of another, is a program to compile.
+    rows = [tuple(jax.device_put(part[i]) for part in vectors) for i in range(len(vectors[0]))]
     if mode == "reverse":
         _, pullback = jax.vjp(flat, *floats)
         results = [pullback(row) for row in rows]
