@@ -194,10 +194,10 @@ def test_shapes_and_promotion(name: str) -> None:
     f = getattr(jaxact, name)
     certain = float(name == "softmax")  # a class alone has probability 1
     assert f(jnp.array([[5.0], [-1e30]])).tolist() == [[certain], [certain]]
-    assert f(jnp.zeros((3, 0))).shape == (3, 0)
-    assert f(jnp.zeros((0, 3))).shape == (0, 3)
-    assert jax.grad(lambda x: f(x).sum())(jnp.zeros((3, 0))).shape == (3, 0)
-    assert f(jnp.float32(3), axis=None).tolist() == certain
+    assert f(np.zeros((3, 0), np.float32)).shape == (3, 0)
+    assert f(np.zeros((0, 3), np.float32)).shape == (0, 3)
+    assert jax.grad(lambda x: f(x).sum())(np.zeros((3, 0), np.float32)).shape == (3, 0)
+    assert f(np.float32(3), axis=None).tolist() == certain
     assert f(jnp.array([3.0, -7.0]), axis=()).tolist() == [certain, certain]
     for x in (jnp.array([True, False]), jnp.array([1, 0]), np.array([1, 0], np.uint8)):
         assert f(x).dtype == jnp.float32
@@ -216,8 +216,11 @@ BOUND = {("log_softmax", "vjp"): 10, ("log_softmax", "jvp"): 20, ("softmax", "vj
 
 @functools.cache
 def product(name: str, mode: str) -> Any:
-    f = getattr(jaxact, name)
-    return jax.jit(lambda x, v: jax.vjp(f, x)[1](v)[0] if mode == "vjp" else jax.jvp(f, (x,), (v,))[1])
+    def along(x: Any, v: Any, where: Any = None) -> Any:
+        f = functools.partial(getattr(jaxact, name), where=where)
+        return jax.vjp(f, x)[1](v)[0] if mode == "vjp" else jax.jvp(f, (x,), (v,))[1]
+
+    return jax.jit(along)
 
 
 @functools.cache
@@ -248,14 +251,15 @@ def test_each_element_of_a_derivative_of_many_classes(
     x = jnp.asarray(logits(scale, rows, classes, seed=0), dtype)
     rng = np.random.default_rng(1)
     normal, hot = rng.normal(size=x.shape), np.eye(classes)[rng.integers(0, classes, len(x))]
+    y, *_ = parts(x)
     for v in (normal, hot, np.eye(classes)[np.asarray(x).argmax(-1)], 1000 + normal, np.full(x.shape, 3.0)):
         v = jnp.asarray(v, dtype)
         want, bound = exact_product(name, mode, x, v)
         got = product(name, mode)(x, v)
         assert got.dtype == x.dtype
         # Of y, of each product and of the result, whatever lies below the smallest number is lost.
-        size = abs(np.asarray(v, np.float64))
-        lost = LOST[dtype] * (1 + 4 * np.max(size) + parts(x)[0] * classes * np.max(size))
+        size = np.max(abs(np.asarray(v, np.float64)))
+        lost = LOST[dtype] * (1 + 4 * size + y * classes * size)
         allowed = bound_in_u * UNIT[dtype] * bound + lost
         fits = abs(want) <= float(jnp.finfo(dtype).max)
         error = abs(np.asarray(got, np.float64) - want)
@@ -289,36 +293,36 @@ def test_reverse_mode_keeps_one_array(name: str) -> None:
 # Policies.
 
 
+@functools.cache
+def masked_hessian(name: str) -> Any:
+    f = getattr(jaxact, name)
+    return jax.jit(jax.hessian(lambda x, g, mask: jnp.where(mask, f(x, where=mask), 0) @ g))
+
+
 @BOTH
 @pytest.mark.parametrize("rubbish", [NAN, INF, -INF, 1e38, -1e38, 100.0])
 def test_a_masked_entry_leaves_no_trace(name: str, rubbish: float) -> None:
     f = getattr(jaxact, name)
-    mask = jnp.array([True, False, True, True])
-    x, short = jnp.array([1.0, rubbish, -2.0, 0.5]), jnp.array([1.0, -2.0, 0.5])
+    mask = np.array([True, False, True, True])
+    x, short, g = np.float32([1.0, rubbish, -2.0, 0.5]), np.float32([1.0, -2.0, 0.5]), np.float32([0.3, 7.0, -1.0, 2.0])
     absent = 0.0 if name == "softmax" else -INF
-    keep = np.array([0, 2, 3])
-
-    def with_mask(x: Any) -> Any:
-        return f(x, where=mask)
 
     def close(got: Any, want: Any) -> None:
         # The same sums over one more 0: a few roundings of numbers of size 1.
-        np.testing.assert_allclose(np.asarray(got)[keep], want, rtol=8 * 2**-23, atol=8 * 2**-24)
+        np.testing.assert_allclose(np.asarray(got)[mask], want, rtol=8 * 2**-23, atol=8 * 2**-24)
 
-    value, pullback = jax.vjp(with_mask, x)
+    value = np.asarray(f(x, where=mask))
     assert value[1] == absent
     close(value, f(short))
-    g = jnp.array([0.3, 7.0, -1.0, 2.0])
-    assert pullback(g)[0][1] == 0
-    close(pullback(g)[0], jax.vjp(f, short)[1](g[keep])[0])
-    pushed = jax.jvp(with_mask, (x,), (g,))[1]
-    assert pushed[1] == 0
-    close(pushed, jax.jvp(f, (short,), (g[keep],))[1])
-    hessian = jax.hessian(lambda x: jnp.where(mask, with_mask(x), 0) @ g)(x)
-    assert not hessian[1].any()
-    assert not hessian[:, 1].any()
-    assert jnp.isfinite(hessian).all()
-    np.testing.assert_array_equal(np.asarray(f(jnp.stack([x, x]), where=mask)), np.stack([value, value]))
+    for mode in ("vjp", "jvp"):
+        got = product(name, mode)(x, g, mask)
+        assert got.tolist()[1] == 0
+        close(got, product(name, mode)(short, g[mask]))
+    second = np.asarray(masked_hessian(name)(x, g, mask))
+    assert not second[1].any()
+    assert not second[:, 1].any()
+    assert np.isfinite(second).all()
+    np.testing.assert_array_equal(np.asarray(f(np.stack([x, x]), where=mask)), np.stack([value, value]))
 
 
 @BOTH
@@ -333,20 +337,27 @@ def test_minus_infinity_is_masked(name: str) -> None:
 @BOTH
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_row_without_classes(name: str, temperature: float) -> None:
-    rows = jnp.array([[-INF, -INF], [NAN, 3.0], [0.0, 0.0]])
-    where = jnp.array([[True, True], [False, False], [True, True]])
+    rows = np.float32([[-INF, -INF], [NAN, 3.0], [0.0, 0.0]])
+    where = np.array([[True, True], [False, False], [True, True]])
     f = functools.partial(getattr(jaxact, name), where=where, temperature=temperature)
     assert f(rows)[:2].tolist() == [[0.0, 0.0] if name == "softmax" else [-INF, -INF]] * 2
-    g = jnp.array([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
-    for derivative in (jax.vjp(f, rows)[1](g)[0], jax.jvp(f, (rows,), (g,))[1]):
+    g = np.float32([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
+
+    @jax.jit
+    def derivatives(rows: Any, g: Any, t: Any) -> Any:
+        def by_temperature(x: Any, mask: Any) -> Any:
+            return jax.grad(lambda t: getattr(jaxact, name)(x, where=mask, temperature=t)[0])(t)
+
+        first = jax.vjp(f, rows)[1](g)[0], jax.jvp(f, (rows,), (g,))[1]
+        second = jax.hessian(lambda rows: jnp.where(rows == 0, f(rows), 0).sum())(rows)
+        return first, second, [by_temperature(x, mask) for x, mask in zip(rows[:2], where[:2], strict=True)]
+
+    first, second, slopes = derivatives(rows, g, temperature)
+    for derivative in map(np.asarray, first):
         assert derivative[:2].tolist() == [[0.0, 0.0]] * 2
         assert derivative[2].all()
-    hessian = jax.jit(jax.hessian(lambda rows: jnp.where(rows == 0, f(rows), 0).sum()))(rows)
-    assert jnp.isfinite(hessian).all()
-    for x, mask in zip(rows[:2], where, strict=False):
-        assert (
-            jax.grad(lambda t, x=x, mask=mask: getattr(jaxact, name)(x, where=mask, temperature=t)[0])(temperature) == 0
-        )
+    assert np.isfinite(second).all()
+    assert slopes == [0, 0]
 
 
 SPECIAL = [
@@ -369,14 +380,19 @@ SPECIAL = [
 ]
 
 
+@jax.jit
+def gradients_of_the_first(rows: Any) -> list[Any]:
+    return [jax.grad(lambda x, f=f: f(x)[:, 0].sum())(rows) for f in (jaxact.softmax, jaxact.log_softmax)]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("x", "want"), SPECIAL)
 def test_special_values(x: list[float], want: list[float], temperature: float) -> None:
     # A power of 2 as a share is exact, and so is its logarithm after rounding, to half an ulp of log1p.
     run = jax.jit(jaxact.softmax)
     np.testing.assert_array_equal(np.asarray(run(jnp.array(x), temperature=temperature)), np.array(want, np.float32))
-    rows = jnp.array([x, [0.0] * len(x)])
-    assert not jnp.isnan(jaxact.softmax(rows)[1]).any()  # a nan stays in its row
+    rows = np.float32([x, [0.0] * len(x)])
+    assert not np.isnan(np.asarray(jaxact.softmax(rows))[1]).any()  # a nan stays in its row
     with np.errstate(divide="ignore"):
         log = np.log(np.array(want, np.float64))
     got = np.asarray(jaxact.log_softmax(rows, temperature=temperature))
@@ -384,10 +400,9 @@ def test_special_values(x: list[float], want: list[float], temperature: float) -
     np.testing.assert_allclose(got[0][finite], log[finite], rtol=2 * 2**-23)
     assert (got[0][~finite] <= -1e37).all()  # −inf, or the difference of the logits where that is a number
     assert not np.isnan(got[1]).any()
-    for name in ("softmax", "log_softmax"):
-        gradient = jax.grad(lambda x, name=name: getattr(jaxact, name)(x)[:, 0].sum())(rows)
-        assert jnp.isnan(gradient[0]).all() == np.isnan(want).all()
-        assert jnp.isfinite(gradient[1]).all()
+    for gradient in map(np.asarray, gradients_of_the_first(rows)):
+        assert np.isnan(gradient[0]).all() == np.isnan(want).all()
+        assert np.isfinite(gradient[1]).all()
 
 
 @BOTH
@@ -411,7 +426,7 @@ def test_ties_at_every_height(count: int, rows: int) -> None:
     # Each of the exponentials, in the sum and by itself, has its own rounding; none may make one of the classes vanish.
     log_softmax = jax.jit(jaxact.log_softmax)
     for height in np.random.default_rng(0).uniform(-400, 400, 300):
-        x = jnp.full((rows, count), height, jnp.float32)
+        x = np.full((rows, count), height, np.float32)
         assert ulps(log_softmax(x), np.full(x.shape, -np.log(count))) <= 2  # as above
 
 
@@ -440,9 +455,9 @@ def test_temperature_limits() -> None:
         np.asarray(jaxact.softmax(x, temperature=1e30)), 1 / 3, rtol=2 * 2**-23
     )  # three roundings
     assert jax.grad(lambda t: jaxact.softmax(x[0], temperature=t)[0])(1e-6) == 0
+    traced = jax.jit(lambda t: [f(x, temperature=t) for f in (jaxact.softmax, jaxact.log_softmax)])
     for bad in (0.0, -1.0, NAN):
-        for f in (jaxact.softmax, jaxact.log_softmax):
-            assert jnp.isnan(jax.jit(lambda t, f=f: f(x, temperature=t))(bad)).all()
+        assert np.isnan(traced(bad)).all()
 
 
 @BOTH
@@ -465,8 +480,8 @@ def test_derivatives_in_temperature_against_mpmath(name: str, x64: None) -> None
     at = (jnp.array(0.8), jnp.array(x[0]))
     want = {order: float(mpmath.diff(exact, (0.8, x[0]), order)) for order in [(1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]}
     for outer, inner in ((jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacfwd)):
-        first = jax.jit(inner(f, (0, 1)))(*at)
-        second = jax.jit(outer(inner(f, (0, 1)), (0, 1)))(*at)
+        of_first = inner(f, (0, 1))
+        first, second = jax.jit(lambda *at, of=of_first, mode=outer: (of(*at), mode(of, (0, 1))(*at)))(*at)
         got = [*first, second[0][0], second[0][1], second[1][1]]
         np.testing.assert_allclose(
             np.array(got), [want[k] for k in [(1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]], rtol=1e-12
@@ -479,13 +494,13 @@ def test_the_derivative_of_a_probability_that_float16_does_not_hold() -> None:
         for a in (5.0, 17.0, 18.0, 20.0):
             x = np.zeros((rows, classes), np.float16)
             x[:, 0] = a
-            got = jax.vjp(jaxact.softmax, jnp.asarray(x))[1](jnp.full_like(x, 1e4).at[:, 0].set(0))[0]
+            got = np.float64(jax.vjp(jaxact.softmax, x)[1](jax.device_put(np.float16(1e4) * (x == 0)))[0])
             rest = (classes - 1) / (np.exp(a) + classes - 1)
             # Rounded once, to float16, whose least number is 2⁻²⁴.
             want = 1e4 * (1 - rest) * rest
-            np.testing.assert_allclose(np.float64(got[:, 0]), -want, rtol=1.01 * 2.0**-11, atol=2.0**-25)
+            np.testing.assert_allclose(got[:, 0], -want, rtol=1.01 * 2.0**-11, atol=2.0**-25)
             want /= classes - 1
-            np.testing.assert_allclose(np.float64(got[:, 1:]), want, rtol=1.01 * 2.0**-11, atol=2.0**-25)
+            np.testing.assert_allclose(got[:, 1:], want, rtol=1.01 * 2.0**-11, atol=2.0**-25)
 
 
 # Errors, and several devices.
@@ -530,11 +545,15 @@ def test_sharded_over_the_batch(name: str) -> None:
     f = getattr(jaxact, name)
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     x = jnp.asarray(np.float32(logits(3, 4, 5)))
-    want, gradient = f(x), jax.grad(lambda x: f(x)[:, 0].sum())(x)
+
+    def both(f: Any) -> Any:
+        return lambda x: (f(x), jax.grad(lambda x: f(x)[:, 0].sum())(x))
+
+    want = both(f)(x)
     sharded = jax.device_put(x, NamedSharding(mesh, P("batch")))
     inside = jax.shard_map(f, mesh=mesh, in_specs=P("batch"), out_specs=P("batch"))
-    for g in (jax.jit(f), jax.jit(inside)):
+    for g in (f, inside):
         # One device computes the same, but may fuse otherwise: a few roundings of numbers up to 20.
-        np.testing.assert_allclose(np.asarray(g(sharded)), want, rtol=12 * 2**-23)
-        got = jax.jit(jax.grad(lambda x, g=g: g(x)[:, 0].sum()))(sharded)
-        np.testing.assert_allclose(np.asarray(got), gradient, rtol=1e-5, atol=24 * 2**-24)
+        value, gradient = jax.jit(both(g))(sharded)
+        np.testing.assert_allclose(np.asarray(value), want[0], rtol=12 * 2**-23)
+        np.testing.assert_allclose(np.asarray(gradient), want[1], rtol=1e-5, atol=24 * 2**-24)
