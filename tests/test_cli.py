@@ -293,7 +293,8 @@ def test_importing_jaxact_imports_nothing_heavy() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full here")
 def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jaxact", "converge", "--steps", "3", "--out", str(tmp_path)]
+    data = ["--csv", str(write(tmp_path / "data.csv", *ROWS)), "--label", "class"]
+    command = [sys.executable, "-m", "jaxact", "converge", *data, "--steps", "3", "--out", str(tmp_path)]
     with open("/dev/full", "w") as full:
         process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 2
@@ -302,7 +303,9 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
 
 def test_a_closed_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    assert status("converge", "--steps", 3, "--optimizer", "adamw", "--out", tmp_path) == 0
+    monkeypatch.setattr(classifiers, "train_twins", lambda *_, **__: trained(1, 0.5, 0.2))
+    data = ["--csv", write(tmp_path / "data.csv", *ROWS), "--label", "class"]
+    assert status("converge", *data, "--steps", 3, "--optimizer", "adamw", "--out", tmp_path) == 0
     assert results(tmp_path)["settings"]["weight_decay"] == 0.01
 
 

@@ -74,14 +74,22 @@ def test_the_heads_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert f"The two heads train alike: {report['verdict'].partition(': ')[2]}\n" in printed.out
 
 
-def test_training_learns() -> None:
-    settings = head_settings(batch=256, features=8)
+def test_training_learns(small: tuple[Any, dict[str, model.Trainer]]) -> None:
+    settings, trainers = small
     words = model.language_reference()
-    batch, trainer = model.batches(model.numbered(words, 100), 256, 0), model.Trainer("fused", 100, settings)
-    losses = [trainer(*next(batch)) for _ in range(60)]
+    numbers = model.numbered(words, settings.vocab[0])
+    batch = model.batches(numbers, settings.batch, 0)
+    losses = [trainers["fused"](*next(batch)) for _ in range(60)]
     # Below what the frequencies of the words alone can give.
-    share = np.bincount(model.numbered(words, 100)) / len(words)
+    share = np.bincount(numbers) / len(words)
     assert np.mean(losses[-10:]) < -np.sum(share * np.log(share))
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, dict[str, model.Trainer]]:
+    """Settings, and a model with either head: each takes a second to compile."""
+    settings = head_settings(vocab=[100], batch=256, features=8)
+    return settings, {name: model.Trainer(name, 100, settings) for name in model.HEADS}
 
 
 def head_settings(**options: Any) -> Any:
@@ -101,23 +109,25 @@ def test_batches_are_of_the_text() -> None:
     np.testing.assert_array_equal(np.diff(contexts, axis=1), 1)
 
 
-def test_what_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = head_settings(vocab=[2000], batch=70, features=2)
-    trainers = {name: model.Trainer(name, 2000, settings) for name in model.HEADS}
+def test_what_does_not_fit_is_not_run(
+    small: tuple[Any, dict[str, model.Trainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, trainers = small
     dense = trainers[model.DENSE].memory
     assert dense is not None
     monkeypatch.setattr(model, "room", lambda: dense - 1)
     monkeypatch.setattr(head, "SECONDS", 0)
     monkeypatch.setattr(model.Trainer, "memory", property(lambda self: dense if self is trainers["dense"] else 1))
-    costs = head._measured(settings, model.language_reference(), Progress(disable=True), trainers)[2000]
+    costs = head._measured(settings, model.language_reference(), Progress(disable=True), trainers)[100]
     assert (costs[model.DENSE].memory, len(costs[model.DENSE].seconds)) == (dense, 0)
     assert len(costs[model.FUSED].seconds) >= head.REPEATS[0]
     assert "not run, for lack of memory (dense)" in drawn(outcome(settings, costs))
     monkeypatch.setattr(model, "room", lambda: 0)
+    monkeypatch.setattr(model, "Trainer", lambda name, *_: trainers[name])
     with pytest.raises(
         ArgumentError, match="a step with the dense head needs more memory than there is: lower --batch"
     ):
-        head._trained(head_settings(vocab=[2000], batch=70, features=2, steps=1), np.arange(99), Progress(disable=True))
+        head._trained(settings, np.arange(99), Progress(disable=True))
 
 
 def outcome(settings: Any, costs: dict[str, model.Cost], *last: float) -> model.Outcome:
