@@ -138,7 +138,7 @@ def test_losses_agree_with_float64() -> None:
 
 
 def test_gradient_at_the_label_is_the_sum_of_the_others() -> None:
-    z, y = np.float32([[30, 0, -1]]), np.array([0])
+    z, y = np.array([[30, 0, -1]], np.float32), np.array([0])
     gradient = np.asarray(jax.jit(jax.grad(lambda z, y: classifiers.cross_entropy(z, y).sum()))(z, y))[0]
     # One rounding in summing two others.
     np.testing.assert_allclose(gradient[0], -(gradient[1] + gradient[2]), rtol=2e-7)

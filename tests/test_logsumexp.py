@@ -171,7 +171,7 @@ def test_special_values(weighted: bool) -> None:
         ([3e38, -3e38], 3e38, [1.0, 0.0]),
         ([], -INF, []),
     ]:
-        x = np.float32(a)
+        x = np.array(a, np.float32)
         value = jaxact.logsumexp(x, b=np.ones_like(x) if weighted else None)
         np.testing.assert_array_equal(np.asarray(value), np.float32(want))
         for first, *seconds in derivatives(x, np.ones_like(x) if weighted else None):
@@ -190,7 +190,7 @@ def test_special_values(weighted: bool) -> None:
 @pytest.mark.parametrize("weight", [1.0, NAN, INF])
 def test_a_masked_term_leaves_no_trace(rubbish: float, weight: float) -> None:
     where = np.array([True, False, True])
-    a, b = np.float32([0.5, rubbish, -1.0]), np.float32([2.0, weight, -0.5])
+    a, b = np.array([0.5, rubbish, -1.0], np.float32), np.array([2.0, weight, -0.5], np.float32)
     want = np.log(2 * np.exp(0.5) - 0.5 * np.exp(-1.0))
     got = jaxact.logsumexp(a, b=b, where=where)
     np.testing.assert_allclose(float(got), want, rtol=8 * 2**-23)  # log of a sum that loses little
@@ -235,7 +235,7 @@ def test_a_large_offset_with_weights_leaves_the_gradient_exact(dtype: str, offse
 @pytest.mark.parametrize("others", [[50.0], [33.0, 70.0], [-3.0, 87.0]])
 def test_a_weight_of_0_has_the_derivative_of_the_gradient_too(others: list[float]) -> None:
     # ∂²/∂aᵢ∂bⱼ at b = (1, 0, …) is δᵢⱼ e^{aⱼ} but in the first row, that of the one weight: −e^{aⱼ} there.
-    a, b = np.float32([0, *others]), np.float32([1] + [0] * len(others))
+    a, b = np.array([0, *others], np.float32), np.array([1] + [0] * len(others), np.float32)
     e = np.exp(np.array(others, np.float64))
     want = np.column_stack([np.zeros(len(b)), np.vstack([-e, np.diag(e)])])
 
