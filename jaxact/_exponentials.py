@@ -230,7 +230,9 @@ def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Arr
     # Both differences have their sign reversed: what XLA for CPU subtracts from each entry of a row it first negates,
     # in a kernel of its own that parts the two around it; this way one kernel does it all. (The last is not turned
     # round: the cotangent may be a product, and XLA would then contract it with the difference here and not there.)
-    z = y * (row_sum(g * y) - g)
+    # The cotangent must not come first in the product that is summed: where it is the same for all rows, XLA of JAX
+    # 0.10 writes the product over it, and later rows find it there.
+    z = y * (row_sum(y * g) - g)
     return -(z - y * row_sum(z))
 
 

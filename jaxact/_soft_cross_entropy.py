@@ -30,7 +30,7 @@ def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     def quick(x: Array, q: Array, sums: RowSums) -> Array:
         log_p = below(sums.peak, widen(x), axis) - jnp.log1p(sums.others)[..., None]
         # Infinite beside +inf and the largest number. (Not a comparison, for one kernel.)
-        return -sum_over(q.astype(log_p.dtype) * log_p, axis) - jnp.log1p(-is_largest(sums.peak))
+        return -sum_over(log_p * q.astype(log_p.dtype), axis) - jnp.log1p(-is_largest(sums.peak))
 
     def exact(x: Array, q: Array, sums: RowSums) -> Array:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
@@ -38,7 +38,7 @@ def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
         nll = jnp.log1p(sums.others)[..., None] - _below(x, sums.peak)
         limit = largest * jnp.minimum(sums.total, 1)
         factor = between(nll * tiny, 1, limit[..., None])
-        loss = sum_over(q.astype(nll.dtype) * jnp.minimum(nll, 1 / tiny) * factor, axis)
+        loss = sum_over(jnp.minimum(nll, 1 / tiny) * q.astype(nll.dtype) * factor, axis)
         return loss + 0 * sums.total  # the limits may have lost a nan
 
     if class_by_class(x, axis):
