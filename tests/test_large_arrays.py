@@ -105,7 +105,8 @@ def test_a_row_changes_no_other(name: str) -> None:
     # Apart: with two results it is another kernel.
     for f in (SHARED[name], jax.grad(lambda x, a: SHARED[name](x, a).sum())):
         run = jax.jit(f)
-        np.testing.assert_array_equal(*(np.asarray(run(rows, shared))[~moved] for rows in (x, other)))
+        got, want = (np.asarray(run(rows, shared))[~moved] for rows in (other, x))
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(("rows", "padding"), [(500, 0), (500, 17), (4095, 17), (4096, 0), (4096, 17)])

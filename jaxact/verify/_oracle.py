@@ -6,10 +6,8 @@ an error bar, and, where autodiff's own rounding is too large, by exact differen
 what the differences are taken of.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -23,14 +21,12 @@ from jaxact.verify._jacobian import (
     Layout,
     Source,
     autodiff,
-    call,
     exact,
-    exact_value,
     given,
     slope_in_mpmath,
 )
-from jaxact.verify._primal import without_rules
-from jaxact.verify._problem import Problem, ravel, ravel_one, unravel
+from jaxact.verify._problem import Problem
+from jaxact.verify._reference import Values, jax_values, kind_of, numpy_values
 from jaxact.verify._report import name_of
 
 # Up to this many entries the whole Jacobian is checked, beyond it this many of its rows and columns.
@@ -98,7 +94,7 @@ def find_oracle(
 def _find_oracle(
     problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator, elementwise: bool
 ) -> Oracle:
-    kind: Kind = "f" if reference is None else _kind(problem, reference)
+    kind: Kind = "f" if reference is None else kind_of(problem, reference)
     program = functools.partial(reference) if kind == "jax" else problem.f
     layout = Layout.diagonal(problem.n) if elementwise else _layout(problem, program, rng)
     source = autodiff(problem, program, layout)
@@ -136,7 +132,7 @@ def _of_program(
         of = "f" if kind == "numpy" else kind
         return Oracle(of, name, False, layout, nothing, nothing, [nothing], unknown, why), None
     doubted = _rounding(problem, program, layout, jacobian, rng)
-    values = _numpy_values(problem, reference) if kind == "numpy" else _jax_values(problem, program)
+    values = numpy_values(problem, reference) if kind == "numpy" else jax_values(problem, program)
     credible, zero_error, value = _against_differences(problem, layout, jacobian, doubted, values, rng)
     narrow = kind == "f" and _narrow_inside(problem)
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
@@ -245,7 +241,7 @@ def _layout(problem: Problem, f: Any, rng: np.random.Generator) -> Layout:
     return Layout.diagonal(problem.n) if len(rows) and not rows.any() else layout
 
 
-def _pattern(problem: Problem, layout: Layout, jacobian: Jacobian, values: Any) -> np.ndarray | None:
+def _pattern(problem: Problem, layout: Layout, jacobian: Jacobian, values: Values) -> np.ndarray | None:
     """Which entries may not be 0; None where the Jacobian is diagonal."""
     if layout.elementwise or not layout.whole:
         return None
@@ -263,64 +259,6 @@ def _zero_rows(jacobian: Jacobian) -> np.ndarray:
 
 def _nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndarray:
     return x * (1 + relative * rng.choice([-1.0, 1.0], x.shape))
-
-
-def _kind(problem: Problem, reference: Any) -> Literal["mpmath", "jax", "numpy"]:
-    wide = problem.leaves(problem.x, np.float64)
-    with jax.enable_x64(True), np.errstate(all="ignore"):
-        kind: Literal["jax", "numpy"] = "jax"
-        out, args = None, problem.spec.arguments(wide, problem.others)
-        with contextlib.suppress(Exception):
-            out = jax.eval_shape(problem.spec.of_floats(reference, problem.others), *wide)
-        if out is None:
-            kind = "numpy"
-            try:
-                out = [np.asarray(y) for y in jax.tree.leaves(reference(*args))]
-            except (TypeError, ValueError, AttributeError):
-                if len(jax.tree.leaves(args)) != 1:
-                    raise
-    if out is None or any(y.dtype == object for y in out):
-        return "mpmath"
-    got, due = [y.shape for y in out], [shape for shape, _ in problem.out_shapes]
-    if got != due:
-        raise ValueError(f"reference must return arrays of the shapes that f does, {due}, got {got}.")
-    return kind
-
-
-def _batch(f: Any, spec: Any, parts: Any, others: Any) -> Any:
-    flat = without_rules(spec.of_floats(f, others))
-    return jax.lax.map(lambda floats: flat(*floats), parts)
-
-
-_compiled_batch = jax.jit(_batch, static_argnums=(0, 1))
-
-
-def _jax_values(problem: Problem, f: Any) -> Callable[[np.ndarray], np.ndarray]:
-    def at(points: np.ndarray) -> np.ndarray:
-        with jax.enable_x64(True):
-            parts = tuple(unravel(points, problem.in_shapes, np.float64))
-            return ravel(_compiled_batch(f, problem.spec, parts, problem.others))
-
-    return at
-
-
-def _numpy_values(problem: Problem, reference: Any) -> Callable[[np.ndarray], np.ndarray]:
-    def one(x: np.ndarray) -> np.ndarray:
-        args = problem.spec.arguments(problem.leaves(x, np.float64), problem.others)
-        return ravel_one([np.asarray(y, np.float64) for y in jax.tree.leaves(call(reference, args))])
-
-    return lambda points: np.stack([one(x) for x in points])
-
-
-def reference_value(problem: Problem, reference: Any) -> np.ndarray | None:
-    """The reference's value, of a program in JAX as mpmath has it; None without a reference."""
-    if reference is None:
-        return None
-    if _kind(problem, reference) == "jax":
-        value = exact_value(problem, reference)
-        if value is not None:
-            return value
-    return _numpy_values(problem, reference)(problem.x[None])[0]
 
 
 def _narrow_inside(problem: Problem) -> bool:
@@ -342,7 +280,7 @@ def _narrow_inside(problem: Problem) -> bool:
 
 
 def _against_differences(
-    problem: Problem, layout: Layout, jacobian: Jacobian, doubted: Jacobian, values: Any, rng: np.random.Generator
+    problem: Problem, layout: Layout, jacobian: Jacobian, doubted: Jacobian, values: Values, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which outputs' derivatives agree with differences in random directions, how well those know a 0, and values."""
     credible, zero_error = np.ones(problem.m, bool), np.zeros(problem.m)

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxact.verify._compare import Comparison, close
-from jaxact.verify._oracle import reference_value
+from jaxact.verify._reference import reference_value
 from jaxact.verify._report import apart
 
 
