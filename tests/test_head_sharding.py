@@ -83,7 +83,16 @@ def test_meshes_with_automatic_axes(on_eight_devices: Callable[..., str]) -> Non
             agree(compiled(f, put(auto, ARRAYS))[0], want(r))
         f = value_and_gradients
         agree(compiled(f, put(auto, ARRAYS, None))[0], want("mean"))
-        agree(compiled(f, put(auto, ARRAYS, ("data", "model"), None))[0], want("mean"))
+        print("agreed")
+    """
+    assert on_eight_devices(program, COMMON).strip() == "agreed"
+
+
+@pytest.mark.exhaustive
+def test_tokens_divided_over_two_automatic_axes(on_eight_devices: Callable[..., str]) -> None:
+    program = """
+        divided = put(mesh(AxisType.Auto), ARRAYS, ("data", "model"), None)
+        agree(compiled(value_and_gradients, divided)[0], want("mean"))
         print("agreed")
     """
     assert on_eight_devices(program, COMMON).strip() == "agreed"

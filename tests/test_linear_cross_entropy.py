@@ -261,10 +261,9 @@ def test_auxiliary(x64: None) -> None:
         np.testing.assert_allclose(got, oracles.complex_step(total, at, name), rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("reduction", "dtype"),
-    [("none", "float32"), slow("mean", "bfloat16"), slow("none", "bfloat16"), slow("mean", "float32")],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_rules_are_verified(reduction: str, dtype: str) -> None:
     rng, labels = np.random.default_rng(9), np.array([1, 0, 3])
     x, w = jnp.asarray(rng.normal(size=(3, 3)), dtype), jnp.asarray(rng.normal(size=(3, 4)), dtype)

@@ -1,4 +1,8 @@
-"""jaxact's own derivative rules, verified."""
+"""jaxact's own derivative rules, verified.
+
+Here each has a bound of its own, and a default run has time for one. `python -m jaxact verify`, which `.ci/run` runs,
+verifies all of them, and the losses' too, with the bound that users have.
+"""
 
 import functools
 from collections.abc import Callable
@@ -46,25 +50,25 @@ def rounded(x: np.ndarray, dtype: str) -> Any:
     return x if dtype == "float64" else jnp.asarray(x, dtype)
 
 
-def slow(*values: Any, unless: bool) -> Any:
-    return pytest.param(*values, marks=[] if unless else [pytest.mark.exhaustive])
-
-
-@pytest.mark.parametrize("dtype", [slow(dtype, unless=dtype == "float32") for dtype in DTYPES])
-@pytest.mark.parametrize("name", [slow(name, unless=name in ("logit", *FIRST)) for name in TEXTBOOK])
-def test_first_derivatives_are_verified(name: str, dtype: str, request: pytest.FixtureRequest) -> None:
-    # The rules are the same in every dtype, and those of rows are mapped and made again as softmax's is.
-    everywhere = (dtype == "float32" and name in ("logit", "softmax")) or request.config.getoption("--exhaustive")
-    transforms = ("jit", "vmap", "remat") if everywhere else ("jit",)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if (name, dtype) == ("softmax", "float32") else [pytest.mark.exhaustive])
+        for name in TEXTBOOK
+        for dtype in DTYPES
+    ],
+)
+def test_first_derivatives_are_verified(name: str, dtype: str) -> None:
     bound = FIRST.get(name, 5.0) if dtype in ("float64", "float32") else NARROW
     x = rounded(POINTS.get(name, ROWS), dtype)
-    report = verify.rule(function(name), x, reference=TEXTBOOK[name], bound=bound, transforms=transforms)
+    report = verify.rule(function(name), x, reference=TEXTBOOK[name], bound=bound)
     assert report.verdict == "verified", str(report)
     assert report.facts["modes"] == ["reverse", "forward"]
     assert report.facts.get("nan and ±inf in a batch", "as alone") == "as alone"
 
 
-@pytest.mark.parametrize("dtype", [slow(dtype, unless=dtype == "float32") for dtype in DTYPES])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weighted_derivatives_are_verified(dtype: str) -> None:
     # As of logsumexp; and the sum loses no more than a fifth to its negative term.
     a, b = rounded(np.array([0.5, -1.0, 2.0, 1.0]), dtype), rounded(np.array([1.0, 0.0, 2.0, -0.5]), dtype)
@@ -78,21 +82,10 @@ def test_weighted_derivatives_are_verified(dtype: str) -> None:
     ).raise_if_not_ok()
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "inner"),
-    [
-        slow(
-            name,
-            dtype,
-            inner,
-            # The others are compared with formulas: test_sigmoid.py, test_softmax.py and test_logsumexp.py.
-            unless=(name, dtype, inner) == ("log_softmax", "float32", "reverse"),
-        )
-        for name in TEXTBOOK
-        for dtype in DTYPES
-        for inner in ("reverse", "forward")
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("inner", ["reverse", "forward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TEXTBOOK)
 def test_second_derivatives_are_verified(name: str, dtype: str, inner: str) -> None:
     """In both modes, of the derivative by the `inner` mode along a random vector v."""
     # Beside the diagonal softmax's is −pᵢpⱼ(uᵢ + uⱼ) with u = v − ⟨v, p⟩, which cancels where uᵢ ≈ −uⱼ: in the third of
