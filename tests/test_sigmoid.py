@@ -251,8 +251,8 @@ def test_reverse_mode_keeps_one_array(name: str, dtype: str) -> None:
     assert kept.size * kept.dtype.itemsize == x.nbytes
 
 
-# --- public defects. Expected values: mpmath.exp(-x) of the inputs in the issues, to 9 u of float64: exp has 2, and there
-# are some products. ---
+# --- public defects. Expected values: mpmath.exp(-x) of the inputs in the issues. To 9 u of float64: exp has two, and
+# there are some products. ---
 
 
 def first_derivatives(f: Function, x: float) -> list[float]:
