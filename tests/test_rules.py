@@ -102,15 +102,17 @@ def test_second_derivatives_are_verified(name: str, dtype: str, inner: str) -> N
 
 def test_rules_on_eight_devices(on_eight_devices: Callable[..., str]) -> None:
     program = """
-        import jax, jax.numpy as jnp, numpy as np, jaxact
-        from jax.sharding import NamedSharding, PartitionSpec as P
+        import jax, numpy as np, jaxact
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         from jaxact import verify
         assert len(jax.devices()) == 8
-        mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("rows", "classes"))
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8)) * 5, jnp.float32)
-        x = jax.device_put(x, NamedSharding(mesh, P("rows", "classes")))
-        for f in (jaxact.sigmoid, jaxact.softmax):
-            verify.rule(f, x, edges=None, transforms=("jit",), directions=1).raise_if_not_ok()
+        x = np.float32(np.random.default_rng(0).normal(size=(2, 8)) * 5)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(kind,) * 2)
+            with jax.set_mesh(mesh):
+                put = jax.device_put(x, NamedSharding(mesh, P("rows", "classes")))
+                for f in (jaxact.sigmoid, jaxact.softmax):
+                    verify.rule(f, put, edges=None, transforms=("jit",), directions=1).raise_if_not_ok()
         print("verified")
     """
     assert on_eight_devices(program).strip() == "verified"

@@ -216,7 +216,8 @@ def product_along(flat: Callable[..., Leaves], mode: str, floats: Leaves, vector
 
 def eager_products(f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves, vectors: Sequence[Any]) -> Any:
     flat: Any = spec.of_floats(f, others)
-    # Put there as they are: to index an array of JAX, or to make one of another, is a program to compile.
+    # Put there as they are: to index an array of JAX, or to make one of another, is a program to compile. And `jnp`
+    # would make them arrays of the mesh in use, which with explicit axes are of another type than the results.
     rows = [tuple(jax.device_put(part[i]) for part in vectors) for i in range(len(vectors[0]))]
     if mode == "reverse":
         _, pullback = jax.vjp(flat, *floats)
