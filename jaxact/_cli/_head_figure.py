@@ -90,8 +90,11 @@ def _memory(axes: Axes, outcome: Outcome) -> None:
     axes.yaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
     middle, chunk = len(sizes) // 2, _bytes(CHUNK_BYTES)
+    if middle == len(sizes) - 1 and np.isfinite(dense[middle]):
+        bottom, top = axes.get_ylim()[0], dense[middle]  # the label is at the highest point: room for it too
+        axes.set_ylim(bottom * (bottom / top) ** 0.08, top * (top / bottom) ** 0.3)
     whole = f"{NAMES[DENSE]}\n{outcome.settings.batch:,} × V logits at once"
-    point_out(axes, whole, BLUE, (sizes[middle], dense[middle]), (-40, 40))
+    point_out(axes, whole, BLUE, (sizes[middle], dense[middle]), (-40 if middle else 35, 40))
     part = NAMES[FUSED] + (f"\n{chunk} of logits at a time" if chunked else "")
     point_out(axes, part, ORANGE, (sizes[max(middle - 1, 0)], fused[max(middle - 1, 0)]), (35, -60 if chunked else -40))
     if ratio(outcome.costs[int(sizes[-1])]) > 1.1:
