@@ -30,12 +30,6 @@ class How(NamedTuple):
     def over_batch(self, a: Array) -> Array:
         return lax.psum(a, self.batch) if self.batch else a
 
-    @property
-    def classes(self) -> Classes:
-        # Beside the products a pass over logits is cheap. A branch keeps XLA from reusing their memory, and in second
-        # derivatives an exponential that is not XLA's does so too.
-        return Classes(self.axis_name, lean=True)
-
     def product(self, a: Array, b: Array, over_a: int, over_b: int) -> Array:
         """The sum over one axis of each, accumulated."""
         dtype = jnp.promote_types(self.accum_dtype, a.dtype)
@@ -281,7 +275,10 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     weights = options.weights(z.shape[-1], z.dtype)
     smoothing, adjust = options.smoothing_weights(weights, z.dtype), options.adjustment(z)
     adjusted, pull_adjust = jax.vjp(lambda z, adjust: adjust(z), z, adjust)
-    losses, total = label_losses(how.classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment())
+    # Beside the products a pass over logits is cheap. A branch keeps XLA from reusing their memory, and in second
+    # derivatives an exponential that is not XLA's does so too. The entropy needs the maximum in any case.
+    classes = Classes(how.axis_name, lean=g is not None or how.extras)
+    losses, total = label_losses(classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment())
 
     def loss_of(losses: Losses, options: Options) -> Array:
         by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)
@@ -290,8 +287,8 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     loss, pull_loss = jax.vjp(loss_of, losses, options)
     rows = Rows(loss, losses.lse)
     if how.extras:
-        nats = entropy(how.classes, adjusted, total)
-        rows = Rows(loss, losses.lse, jnp.where(tokens.live, nats[..., 0], 0), predicted(adjusted, how.classes))
+        nats = jnp.where(tokens.live, entropy(classes, adjusted, total)[..., 0], 0)
+        rows = Rows(loss, losses.lse, nats, predicted(adjusted, classes))
     if g is None:
         return sums, (rows, None)
 
@@ -300,10 +297,10 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     losses_bar, options_bar = pull_loss(g.loss)
     losses_bar = losses_bar._replace(lse=losses_bar.lse + g.lse)
     z_bar, smoothing_bar = logit_cotangent(
-        adjusted, tokens.y, tokens.live, smoothing, losses.nll, total, losses_bar, how.classes
+        adjusted, tokens.y, tokens.live, smoothing, losses.nll, total, losses_bar, classes
     )
     if g.entropy is not None:
-        entropy_bar = entropy_cotangent(how.classes, adjusted, total, nats, g.entropy[:, None])
+        entropy_bar = entropy_cotangent(classes, adjusted, total, g.entropy[:, None])
         z_bar = z_bar + jnp.where(tokens.live[:, None], entropy_bar, 0)
     z_bar, adjust_bar = pull_adjust(z_bar)
     # The adjustment and the weights of smoothing are the options themselves.

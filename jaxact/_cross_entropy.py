@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
-from jaxact._exponentials import below, certain, finite, sum_below_maximum, times_jacobian
+from jaxact._exponentials import below, certain, finite, sum_below_maximum, times_jacobian, undominated
 from jaxact._forward_mode import forward_mode
 from jaxact._label_sums import LabelSums, Total, label_logit, label_sums, places_of
 from jaxact._options import Adjustment, Losses
@@ -210,40 +210,46 @@ _log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def entropy(classes: Classes, z: Array, total: Total) -> Array:
-    """H = −Σ p log p of each row, in nats, with the class axis kept."""
-    # With m the maximum and S = Σ e^{z − m} it is log S + Σ e^{z − m} (m − z)/S, of terms that are all positive or 0.
-    peak = finite(classes.max(z))
-    d = below(peak, z, ())
-    e = jnp.exp(d)
-    others, ties = sum_below_maximum(e, z, peak, (), classes.sum)
-    distances = classes.sum(e * -jnp.maximum(d, -1000.0))  # where e is 0, finite
-    return jnp.log1p(others + jnp.maximum(ties - 1, 0)) + distances / jnp.maximum(others + ties, 1)
+    """H = −Σ p log p of each row, in nats, with the class axis kept. The `total` is about the maximum."""
+    # Of H = log S + Σ e^{−d} d / S, with d = m − z the distances from the maximum and S = Σ e^{−d}, all terms are
+    # positive or 0. But where one class has most of S = 1 + o, log S has lost the digits of o. There
+    # H = (log S − (S − 1)/S) + (o + Σ e^{−d} d)/S, of which the first is about o²/2: for that what is left is enough.
+    # And o is summed along with the rest, in one pass: 1 is added to d wherever it is not 0.
+    dominated = jnp.where(undominated(total.sum - 1), 0.0, 1.0)
+    d = _distances(z, lax.optimization_barrier(total.shift))  # or XLA keeps e^{−d} from where it was summed before
+    mean = classes.sum(jnp.exp(-d) * (d + jnp.minimum(d / float(jnp.finfo(d.dtype).tiny), dominated))) / total.sum
+    return (jnp.log(total.sum) - dominated * (total.sum - 1) / total.sum) + mean
+
+
+def _distances(z: Array, top: Array) -> Array:
+    """From the maximum, finite: of no class that far away is there anything in a sum."""
+    return -jnp.maximum(below(top, z, ()), -1000.0)
 
 
 def _entropy_fwd(classes: Classes, z: Array, total: Total) -> Any:
-    h = entropy(classes, z, total)
-    return h, (z, total, h)
+    return entropy(classes, z, total), (z, total)
 
 
 def _entropy_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
-    z, total, h = residuals
-    return entropy_cotangent(classes, z, total, h, g), None
+    z, total = residuals
+    return entropy_cotangent(classes, z, total, g), None
 
 
 entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
-def entropy_cotangent(classes: Classes, z: Array, total: Total, h: Array, g: Array) -> Array:
-    p = _probabilities(classes, z, total)
-    return -g * p * (jnp.where(p > 0, _log_probabilities(classes, z, total), 0) + h)
+def entropy_cotangent(classes: Classes, z: Array, total: Total, g: Array) -> Array:
+    # ∂H/∂z = −p (log p + H) = p (d − ⟨p, d⟩): the logarithms cancel, and with them all that could be lost in them.
+    p, d = _probabilities(classes, z, total), _distances(z, total.shift)
+    return g * p * (d - classes.sum(p * d))
 
 
 def predicted(z: Array, classes: Classes) -> Array:
     """The first class with the largest logit."""
-    place = jnp.argmax(z, -1)
+    largest = z >= classes.max(z)
+    place = jnp.argmax(largest, -1)  # of numbers, it takes XLA for CPU five times as long
     if classes.axis_name is None:
         return place
     # The first of the devices that have it.
-    here, top = jnp.max(z, -1), classes.max(z)[..., 0]
     place = place + lax.axis_index(classes.axis_name) * z.shape[-1]
-    return lax.pmin(jnp.where(here == top, place, jnp.iinfo(place.dtype).max), classes.axis_name)
+    return lax.pmin(jnp.where(jnp.any(largest, -1), place, jnp.iinfo(place.dtype).max), classes.axis_name)

@@ -369,11 +369,3 @@ def test_t5x_cotangent_of_the_log_sum_exp() -> None:
     got, want = jax.jit(lambda x, w: [jax.grad(f, (0, 1))(x, w) for f in (by_hand, option)])(X, W)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
-
-
-def test_the_entropy_of_a_confident_row() -> None:
-    # The share of the likely class, p log p with log p = −log1p(e⁻²⁰), is one in twenty of it.
-    w, rest = jnp.array([[20.0, 0.0]]), np.exp(-20.0) / (1 + np.exp(-20.0))
-    want = rest * (20 + np.log1p(np.exp(-20.0))) + (1 - rest) * np.log1p(np.exp(-20.0))
-    _, aux = head(jnp.ones((1, 1)), w, jnp.array([0]), return_aux=True)
-    np.testing.assert_allclose(aux.entropy, [want], rtol=8 * 2.0**-24)  # an exponential, two quotients, two products
