@@ -230,8 +230,13 @@ def _in_chunks(how: How, step: Any, sums: Any, operands: Operands, inputs: Any) 
     """
     n, size = operands.x.shape[0], _size(how, operands)
     count = n // size
-    split = jax.tree.map(lambda a: a[: size * count].reshape(size, count, *a.shape[1:]).swapaxes(0, 1), inputs)
-    rest = jax.tree.map(lambda a: a[size * count :], inputs)
+    tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
+    leaves, tree = jax.tree.flatten(inputs)
+    # Not two slices, whose transpose is a sum of padded arrays: where that follows a product, XLA for CPU of JAX 0.10
+    # may make one kernel of them, which writes nowhere and ends the process.
+    parts = [lax.split(a, (size * count, n - size * count)) for a in leaves]
+    whole, rest = (tree.unflatten(part) for part in zip(*parts, strict=True))
+    split = jax.tree.map(lambda a: a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1), whole)
     # Checkpointed, since what derivatives of higher order and transposition save of a step, they save for all steps.
     step = jax.checkpoint(step, prevent_cse=False)
     # Under checkpoint too: JAX 0.10 forgets custom rules, and with them second derivatives, in the part of a loop that

@@ -246,6 +246,7 @@ def entropy_cotangent(classes: Classes, z: Array, total: Total, g: Array) -> Arr
 
 def predicted(z: Array, classes: Classes) -> Array:
     """The first class with the largest logit."""
+    z = lax.stop_gradient(z)  # a maximum over devices has no derivative
     largest = z >= classes.max(z)
     place = jnp.argmax(largest, -1)  # of numbers, it takes XLA for CPU five times as long
     if classes.axis_name is None:

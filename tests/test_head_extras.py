@@ -73,3 +73,17 @@ def test_the_prediction_is_the_first_of_the_largest() -> None:
         aux = f(logits, want)
         assert aux.predicted.tolist() == want.tolist()
         assert aux.correct.all()
+
+
+def test_many_tokens_beside_the_chunks() -> None:
+    # In XLA of JAX 0.10, what is made of sums and two slices' transpose may write nowhere: then this process ends.
+    rng, (n, features, classes) = np.random.default_rng(0), (9000, 8, 20)
+    x, w = (rng.normal(size=size).astype(np.float32) for size in ((n, features), (features, classes)))
+    labels = rng.integers(0, classes, n)
+
+    def total(x: Any, chunk: int) -> Any:
+        loss, aux = jaxact.linear_cross_entropy(x, w, labels, chunk=chunk, return_aux=True)
+        return n * loss + aux.entropy.sum()
+
+    got, want = jax.jit(lambda x: [jax.grad(total)(x, chunk) for chunk in (4100, n)])(x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)  # sums of 20 products of size 1, in another order

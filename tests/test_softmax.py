@@ -382,6 +382,24 @@ SPECIAL = [
 ]
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (3, 40), (5000, 3), (5000, 20)])  # each has a formula of its own
+def test_the_least_number_is_a_logit_like_others(shape: tuple[int, int]) -> None:
+    # Many use it to mask. Unlike that of -inf, its log-probability is finite, and follows the logit.
+    x, g = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    x[:, 1], g[:, 1] = -LARGEST, 3
+    products = jax.jit(
+        lambda x, g: (jax.vjp(jaxact.log_softmax, x)[1](g)[0], jax.jvp(jaxact.log_softmax, (x,), (g,))[1])
+    )
+    loss = jax.jit(jax.grad(lambda x, q: jaxact.losses.softmax_cross_entropy(x, q).sum()))
+    others = shape[1] - 1
+    pull, push = products(x, g)
+    slope = loss(x, g / (others + 3))
+    close = 8 * 2.0**-24  # sums of at most 39 ones are exact, and there are some products and quotients
+    np.testing.assert_allclose(pull, np.where(x < 0, 3, 1 - (others + 3) / others), atol=4 * close)
+    np.testing.assert_allclose(push, np.where(x < 0, 2, 0), atol=4 * close)
+    np.testing.assert_allclose(slope, np.where(x < 0, 0, 1 / others) - g / (others + 3), atol=close)
+
+
 @jax.jit
 def gradients_of_the_first(rows: Any) -> list[Any]:
     return [jax.grad(lambda x, f=f: f(x)[:, 0].sum())(rows) for f in (jaxact.softmax, jaxact.log_softmax)]

@@ -304,15 +304,19 @@ def test_values() -> None:
 
 
 def test_the_ulp_of_values_at_the_ends_of_the_range() -> None:
-    def at(got: list[float], want: list[float]) -> list[float]:
+    def at(got: list[float], want: list[float], dtype: Any = np.float32) -> list[float]:
         from jaxact.verify._values import ulp_errors
 
-        return ulp_errors(np.array(got, np.float32), np.array(want), np.float32)[0].tolist()
+        return ulp_errors(np.array(got, dtype), np.array(want), dtype)[0].tolist()
 
     inf, nan, tiny = np.inf, np.nan, 2.0**-126
     assert at([1.0, 1 + 2.0**-23, 0.5], [1.0, 1.0, 0.5 - 2.0**-26]) == [0.0, 1.0, 0.5]
     assert at([0.0, tiny, 1.0], [tiny / 4, tiny / 2, tiny / 2]) == [0.0, 0.0, inf]
     assert at([inf, -inf, nan, nan, 1.0], [1e39, inf, nan, 1.0, nan]) == [0.0, inf, 0.0, inf, inf]
+    # In float64 one over a spacing overflows below 2⁻⁹⁷¹.
+    sizes = [2.0**-1022, 2.0**-973, 2.0**-972, 2.0**-971, 2.0**1023]
+    assert at([a * (1 + 2.0**-52) for a in sizes], sizes, np.float64) == [1.0] * 5
+    assert at([1.5 * a for a in sizes], sizes, np.float64) == [2.0**51] * 5
 
 
 def test_contract() -> None:

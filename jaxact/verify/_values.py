@@ -170,9 +170,9 @@ def ulp_errors(got: np.ndarray, want: np.ndarray, dtype: Any) -> tuple[np.ndarra
     info = ml_dtypes.finfo(dtype)
     with np.errstate(all="ignore"):
         got = got.astype(np.float64)
-        # One over the spacing is a power of 2, made from the exponent's bits.
+        # The exponent's bits give it sooner than `frexp`. In float64 one over the spacing may be too large a number.
         exponent = np.clip(((want.view(np.int64) >> 52) & 0x7FF) - 1023, info.minexp, 1023)
-        error = np.abs(got - want) * ((info.nmant - exponent + 1023) << 52).view(np.float64)
+        error = np.ldexp(np.abs(got - want), info.nmant - exponent)
         size = np.abs(want)
         outside = ~((size >= float(info.smallest_normal)) & (size <= float(info.max)) & (error < np.inf))
         region = np.zeros(want.shape, np.int8)
