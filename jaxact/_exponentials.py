@@ -259,8 +259,8 @@ def between(x: Array, low: float, high: Array | float) -> Array:
 
 def is_possible(x: Array) -> Array:
     """0 where a logit is −inf and 1 elsewhere; not a comparison, for one kernel."""
-    opposite = jnp.maximum(-x, 0)
-    return 1 - jnp.minimum(opposite - jnp.minimum(opposite, float(jnp.finfo(x.dtype).max)), 1)
+    largest = float(jnp.finfo(x.dtype).max)
+    return jnp.minimum(jnp.maximum(x / 2, -largest) + largest, 1)  # half, since the least number is not −inf
 
 
 def is_largest(peak: Array) -> Array:
