@@ -71,10 +71,11 @@ def on_cpu() -> bool:
 def at_once(x: Array, axis: Axes) -> bool:
     """Whether to go through all rows at once, since a branch that may save a pass takes longer than the pass.
 
-    So it is class by class, and of at least 4096 rows: there XLA for CPU makes one kernel of softmax, however often it
-    goes through a row.
+    So it is class by class, and of at least 4096 rows that lie one after another: there XLA for CPU makes one kernel of
+    softmax, however often it goes through a row.
     """
-    return class_by_class(x, axis) or size(x) >= 4096 * class_count(x, axis) > 0
+    contiguous = axis == tuple(range(x.ndim - len(axis), x.ndim))
+    return class_by_class(x, axis) or (contiguous and size(x) >= 4096 * class_count(x, axis) > 0)
 
 
 def class_count(x: Array, axis: Axes) -> int:

@@ -99,6 +99,27 @@ def test_edges_are_for_an_elementwise_function() -> None:
 # What is right, though it looks otherwise.
 
 
+@pytest.mark.parametrize("bound", [None, 8.0])
+def test_a_false_zero_in_float16_where_small_numbers_are_not_flushed(bound: float | None) -> None:
+    @jax.custom_vjp
+    def sigmoid(x: Any) -> Any:
+        return 1 / (1 + jnp.exp(-x))
+
+    sigmoid.defvjp(lambda x: (sigmoid(x),) * 2, lambda y, g: (g * y * (1 - y),))
+    x, options = jnp.linspace(4, 8, 5, dtype=jnp.float16), {} if bound is None else {"bound": bound}
+    report = verify.rule(sigmoid, x, transforms=(), **options)
+    assert report.verdict == "refuted"
+    assert "has cancelled" in report.reasons[0]
+    assert verify.rule(jaxact.sigmoid, x, transforms=(), **options).verdict == "verified"
+
+
+def test_rows_that_no_sampled_column_reaches() -> None:
+    # Their derivatives are known all the same, from the rows that are sampled.
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)
+    report = verify.rule(jaxact.softmax, x, transforms=())
+    assert report.verdict == "verified", str(report)
+
+
 def test_one_number_does_not_make_a_function_elementwise() -> None:
     product = verify.rule(lambda x: jaxact.sigmoid(x) * jnp.mean(jaxact.sigmoid(x)), X[3:4], transforms=())
     total = verify.rule(lambda x: jnp.sum(jaxact.sigmoid(x)), 3.0, transforms=())

@@ -19,7 +19,7 @@ class Verdicts:
     allowed: np.ndarray
     wrong: np.ndarray
     unresolved: np.ndarray  # the oracle's own error is not well below what is allowed
-    floor: np.ndarray  # below this XLA flushes to 0
+    floor: np.ndarray  # what may be lost of small numbers
 
     def rows(self, some: np.ndarray) -> "Verdicts":
         product = Product(*(getattr(self.product, f.name)[some] for f in dataclasses.fields(Product)))
@@ -54,8 +54,9 @@ class Comparison(NamedTuple):
         """|error| ≤ bound·u·Σⱼ|Jᵢⱼ||vⱼ|, or, unless `strict`, what inputs off by `bound` units would explain too."""
         product = product or self.oracle.product(mode, vectors)
         info = ml_dtypes.finfo(self.problem.dtype)
-        # Below the smallest normal number XLA flushes to 0, results and what they are products of.
-        floor = 4 * float(info.smallest_normal) * (1 + np.abs(vectors).sum(1, keepdims=True))
+        # Results, and what they are products of.
+        factors = np.abs(vectors) if self.oracle.layout.elementwise else np.abs(vectors).sum(1, keepdims=True)
+        floor = 4 * self.problem.lost * (1 + factors)
         base = self.bound * self.problem.unit * product.size + floor
         if not self.strict:
             base = base + product.conditioning

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxact.verify._differences import along
@@ -136,7 +135,7 @@ def _of_program(
     credible, zero_error, value = _against_differences(problem, layout, jacobian, doubted, values, rng)
     narrow = kind == "f" and _narrow_inside(problem)
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
-    inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(jacobian).any()
+    inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(layout, jacobian).any()
     if inexact or not credible.all():
         exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, values))
         if exactly is not None:
@@ -157,7 +156,7 @@ def _of_program(
         doubt = "f computes in less than float64 inside, whatever its arguments"
         doubted = doubted.map(lambda e, j: e + 2.0**-20 * np.abs(j), jacobian)
     # A derivative that autodiff makes exactly 0 in all of a row may have cancelled: then differences are all there is.
-    zero = _zero_rows(jacobian)
+    zero = _zero_rows(layout, jacobian)
     if layout.elementwise:
         doubted = layout.of_slopes(np.where(zero, zero_error, doubted.reverse))
     else:
@@ -179,11 +178,11 @@ def _rounding(problem: Problem, program: Any, layout: Layout, jacobian: Jacobian
 
 
 def _another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarray:
-    """Which outputs differ by more than an inaccurate f might: 1/64 of the largest, 32 units, or what underflows."""
+    """Which outputs differ by more than an inaccurate f might: 1/64 of the largest, 32 units, or what is lost."""
     with np.errstate(all="ignore"):
         apart, size = np.abs(narrow - wide), np.maximum(np.abs(narrow), np.abs(wide))
         largest = np.max(size, initial=0, where=np.isfinite(size))
-        allowed = max(2.0**-6, 32 * problem.unit) * largest + float(ml_dtypes.finfo(problem.dtype).smallest_normal)
+        allowed = max(2.0**-6, 32 * problem.unit) * largest + problem.lost
         return np.isfinite(apart) & (apart > allowed)
 
 
@@ -245,16 +244,21 @@ def _pattern(problem: Problem, layout: Layout, jacobian: Jacobian, values: Value
     """Which entries may not be 0; None where the Jacobian is diagonal."""
     if layout.elementwise or not layout.whole:
         return None
-    pattern = (jacobian.reverse != 0) | _zero_rows(jacobian)[:, None]
+    pattern = (jacobian.reverse != 0) | _zero_rows(layout, jacobian)[:, None]
     # Autodiff may have cancelled to 0, or be wrong: which outputs does a nan in an input reach?
     spoilt = np.repeat(problem.x[None], problem.n, axis=0)
     np.fill_diagonal(spoilt, np.nan)
     return pattern | np.isnan(values(spoilt)).T
 
 
-def _zero_rows(jacobian: Jacobian) -> np.ndarray:
+def _zero_rows(layout: Layout, jacobian: Jacobian) -> np.ndarray:
+    """Which outputs have a derivative of 0, as far as is known."""
     columns = jacobian.forward
-    return columns == 0 if columns.ndim == 1 else (columns == 0).all(0)
+    if columns.ndim == 1:
+        return columns == 0
+    zero = (columns == 0).all(0)
+    zero[layout.rows] &= (jacobian.reverse == 0).all(1)  # in columns that are not looked at, it may not be 0
+    return zero
 
 
 def _nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndarray:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxact.verify._compare import Comparison, close
@@ -17,9 +16,9 @@ def allowed(comparison: Comparison) -> np.ndarray:
     size = problem.unit * np.abs(problem.value())
     if not strict and oracle.layout.whole:
         size = size + problem.unit * oracle.product("forward", np.abs(problem.x)[None]).size[0]
-    # What is flushed to 0 may have been a factor of the input.
+    # What is lost may have been a factor of the input.
     factor = 1 + np.abs(problem.x) if oracle.layout.elementwise else 1
-    return bound * size + 4 * float(ml_dtypes.finfo(problem.dtype).smallest_normal) * factor
+    return bound * size + 4 * problem.lost * factor
 
 
 def other_values(comparison: Comparison, modes: tuple[str, ...], reference: Any) -> dict[str, np.ndarray]:

@@ -104,6 +104,12 @@ class Problem:
     def unit(self) -> float:
         return float(ml_dtypes.finfo(self.dtype).eps) / 2
 
+    @property
+    def lost(self) -> float:
+        """What may be lost of a small number: XLA flushes it to 0, but in float16, computed wider, it rounds it."""
+        info = ml_dtypes.finfo(self.dtype)
+        return float(info.smallest_subnormal if self.dtype == np.float16 else info.smallest_normal)
+
     @functools.cached_property
     def x(self) -> np.ndarray:
         return np.concatenate([np.asarray(leaf).astype(np.float64).ravel() for leaf in self.floats])
