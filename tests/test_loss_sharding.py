@@ -61,3 +61,20 @@ def test_labels_that_are_divided_where_the_logits_are_constant(on_eight_devices:
         print("agreed")
     """
     assert on_eight_devices(program).strip() == "agreed"
+
+
+def test_class_weights_that_are_on_no_mesh(on_eight_devices: Callable[..., str]) -> None:
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
+        x, y, w = np.float32(np.random.default_rng(0).normal(size=(8, 4))), np.arange(8) % 4, jnp.arange(1.0, 5.0)
+        run = jax.jit(jax.grad(lambda x, w: loss(x, y, class_weight=w, label_smoothing=0.1).sum(), (0, 1)))
+        mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=2 * (AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            got = run(jax.device_put(x, NamedSharding(mesh, P("rows", "classes"))), w)
+        for a, b in zip(got, run(x, w), strict=True):
+            np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6)  # sums in another order
+        print("agreed")
+    """
+    assert on_eight_devices(program).strip() == "agreed"

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxact._canonical import (
@@ -141,8 +141,10 @@ def _of_integers(
     x = vary(x, varying(labels))  # they may be constant where the labels are not
     y, exists = label_index(labels, x.shape[-1], axis_name)
     weights = options.weights(x.shape[-1], dtype)
-    if weights is not None and any(jax.typeof(weights).sharding.spec):
-        weights = jax.sharding.reshard(weights, P(None))  # the label's may be on any device
+    if weights is not None:
+        divided = [s.mesh for s in (jax.typeof(x).sharding, jax.typeof(weights).sharding) if any(s.spec)]
+        if divided:  # the label's weight may be on any device
+            weights = jax.sharding.reshard(weights, NamedSharding(divided[0], P(None)))
     smoothing, classes, adjust = options.smoothing_weights(weights, dtype), Classes(axis_name), options.adjustment(x)
     x, peak = options.about_maximum(x, live, classes)
     rows, _ = label_losses(classes, x, y, live, smoothing, adjust)
