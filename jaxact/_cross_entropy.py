@@ -207,6 +207,9 @@ def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
 _log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
 
 
+FAR_BELOW = 1000.0  # of a class so far below the maximum nothing is left in a sum
+
+
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def entropy(classes: Classes, z: Array, total: Total) -> Array:
@@ -216,14 +219,10 @@ def entropy(classes: Classes, z: Array, total: Total) -> Array:
     # H = (log S − (S − 1)/S) + (o + Σ e^{−d} d)/S, of which the first is about o²/2: for that what is left is enough.
     # And o is summed along with the rest, in one pass: 1 is added to d wherever it is not 0.
     dominated = jnp.where(undominated(total.sum - 1), 0.0, 1.0)
-    d = _distances(z, lax.optimization_barrier(total.shift))  # or XLA keeps e^{−d} from where it was summed before
+    top = lax.optimization_barrier(total.shift)  # or XLA keeps e^{−d} from where it was summed before
+    d = -jnp.maximum(below(top, z, ()), -FAR_BELOW)
     mean = classes.sum(jnp.exp(-d) * (d + jnp.minimum(d / float(jnp.finfo(d.dtype).tiny), dominated))) / total.sum
     return (jnp.log(total.sum) - dominated * (total.sum - 1) / total.sum) + mean
-
-
-def _distances(z: Array, top: Array) -> Array:
-    """From the maximum, finite: of no class that far away is there anything in a sum."""
-    return -jnp.maximum(below(top, z, ()), -1000.0)
 
 
 def _entropy_fwd(classes: Classes, z: Array, total: Total) -> Any:
@@ -240,7 +239,9 @@ entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 def entropy_cotangent(classes: Classes, z: Array, total: Total, g: Array) -> Array:
     # ∂H/∂z = −p (log p + H) = p (d − ⟨p, d⟩): the logarithms cancel, and with them all that could be lost in them.
-    p, d = _probabilities(classes, z, total), _distances(z, total.shift)
+    # (Not `below`, which at the maximum itself has half its slope.)
+    d = jnp.minimum(total.shift - jnp.minimum(z, float(jnp.finfo(z.dtype).max)), FAR_BELOW)
+    p = _probabilities(classes, z, total)
     return g * p * (d - classes.sum(p * d))
 
 

@@ -25,7 +25,7 @@ def logsumexp(
     return_sign: bool = False,
     where: ArrayLike | None = None,
 ) -> Any:
-    """log Σᵢ bᵢ e^{aᵢ} over one axis or several, a full replacement for `jax.nn.logsumexp`.
+    """log Σᵢ bᵢ e^{aᵢ} over one axis or several, a full replacement for `jax.nn.logsumexp` of real numbers.
 
     Args:
         a: exponents, an array of any shape; real. Integers and bools become the default float.
@@ -50,7 +50,8 @@ def logsumexp(
     Numerics:
         m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0; on CPU, log Σ
         where all sums are between e and e⁶³, for which no maximum need be found. With `b`, terms whose exponent is 87
-        or more (708 in float64) below the largest of those with b ≠ 0 are lost, whatever the weights.
+        or more (708 in float64) below the largest of those with b ≠ 0 are lost, whatever the weights, and
+        Σ |bᵢ| e^{aᵢ−m} must be finite. The gradient is as accurate as the sum: see `softmax`.
         16-bit types are computed in float32 and rounded once. Held by `tests/test_logsumexp.py`.
 
     Example:

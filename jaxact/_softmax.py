@@ -183,8 +183,9 @@ def log_softmax(
     Numerics:
         At most 12 ulp in float32 at logit scale 30, however near 0 the result: log1p of the other classes' sum and not
         the log of the whole.
-        The gradient is within 10·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element, the pushforward, which ends in a sum, within 20. 16-bit
-        types are computed in float32 and rounded once. Held by `tests/test_softmax.py`.
+        The gradient is within 10·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element, the pushforward, which ends in a sum, within 20, but
+        for the sums that `softmax` speaks of. 16-bit types are computed in float32 and rounded once. Held by
+        `tests/test_softmax.py`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxact

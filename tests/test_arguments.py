@@ -99,8 +99,10 @@ def test_an_option_that_float32_does_not_hold_is_refused(option: str, value: flo
             jaxact.softmax(X, temperature=value)
         with jax.enable_x64(True):
             assert np.isfinite(jaxact.softmax(np.ones(3), temperature=value)).all()
-    with pytest.raises(ValueError, match=r"gamma must be finite and not negative, got 1e\+39, which is inf in float32"):
+    of_gamma = r"gamma must be not negative and at most 1e30, got 1e\+39, which is inf in float32"
+    with pytest.raises(ValueError, match=of_gamma):
         losses.sigmoid_focal_loss(X, 1, gamma=1e39)
+    assert losses.sigmoid_focal_loss(2.0, 1.0, gamma=1e30) == 0
 
 
 def test_a_cap_whose_inverse_is_not_a_number() -> None:

@@ -317,6 +317,8 @@ def test_the_ulp_of_values_at_the_ends_of_the_range() -> None:
     sizes = [2.0**-1022, 2.0**-973, 2.0**-972, 2.0**-971, 2.0**1023]
     assert at([a * (1 + 2.0**-52) for a in sizes], sizes, np.float64) == [1.0] * 5
     assert at([1.5 * a for a in sizes], sizes, np.float64) == [2.0**51] * 5
+    # XLA keeps the subnormal numbers of float16.
+    assert at([0.0, 2.0**-24, 2.0**-20], [2.0**-20, 2.0**-25, 2.0**-20], np.float16) == [16.0, 0.5, 0.0]
 
 
 def test_contract() -> None:
@@ -388,6 +390,10 @@ def test_bad_arguments() -> None:
         verify.rule(jnp.sin, x, order=0)
     with pytest.raises(ValueError, match="bound must be positive"):
         verify.rule(jnp.sin, x, bound=-1)
+    with pytest.raises(ValueError, match="bound must be finite and not negative, got -1"):
+        verify.values(jnp.sin, np.sin, dtype=jnp.bfloat16, bound=-1)
+    with pytest.raises(ValueError, match=r'points must be an array or "all", got \'al\''):
+        verify.values(jnp.sin, np.sin, dtype=jnp.bfloat16, points="al")
     with pytest.raises(TypeError, match="edges must be"):
         verify.rule(jnp.sin, x, edges=3)
     with pytest.raises(ValueError, match="derivative must return"):

@@ -20,6 +20,7 @@ from jaxact._canonical import (
 from jaxact._classes import alike
 from jaxact._elementary import exp, log1p_of_fraction
 from jaxact._forward_mode import forward_mode
+from jaxact._options import times
 from jaxact._sigmoid import sigmoid, softplus
 
 
@@ -109,11 +110,6 @@ def binary_cross_entropy(x: Array, y: Array, weight: Array | None) -> Array:
     if weight is not None:
         both = (positive + negative) * both
     return both + times(jnp.where(x < 0, positive, negative), jnp.abs(x))
-
-
-def times(a: Array, b: Array) -> Array:
-    """a·b, and 0 where `a` is 0 and `b` infinite. (Not wherever `a` is 0: the derivative there is b.)"""
-    return a * jnp.where((a == 0) & jnp.isinf(b), 0, b)
 
 
 def _binary_cross_entropy_fwd(x: Array, y: Array, weight: Array | None) -> Any:

@@ -3,7 +3,6 @@
 In what follows q = 1 − p_t = (1 − y) σ(x) + y σ(−x), what the model leaves for the other decision.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -16,8 +15,9 @@ from jaxact._classes import alike, vary, varying
 from jaxact._elementary import exp_and_rest, exp_of_sum, log, log1p_and_rest
 from jaxact._error_free import two_product, two_sum
 from jaxact._forward_mode import forward_mode
+from jaxact._options import times
 from jaxact._sigmoid import sigmoid, softplus
-from jaxact.losses._binary_cross_entropy import binary_cross_entropy, label_probability, times
+from jaxact.losses._binary_cross_entropy import binary_cross_entropy, label_probability
 
 
 def sigmoid_focal_loss(
@@ -45,7 +45,7 @@ def sigmoid_focal_loss(
 
     Raises:
         TypeError: if an argument is complex or not an array, `where` not boolean.
-        ValueError: if shapes do not fit or `gamma` is negative.
+        ValueError: if shapes do not fit, or `gamma` is negative or above 1e30.
 
     Derivative:
         α_t (1 − p_t)^γ (γ (1 − 2y) σ′(x)/(1 − p_t) · BCE + BCE′): for y = 0 and 1 both terms have one sign. Reverse
@@ -63,7 +63,7 @@ def sigmoid_focal_loss(
     References:
         Lin et al., "Focal Loss for Dense Object Detection" (2017); optax issue 1267: nan gradients.
     """
-    canonical_scalar("gamma", gamma, lambda c: 0 <= c < math.inf, "finite and not negative")
+    canonical_scalar("gamma", gamma, lambda c: 0 <= c <= 1e30, "not negative and at most 1e30")
     require_array("logits", logits)
     require_arrays(alpha=alpha, where=where)
     return _focal_of_any(logits, require_array("labels", labels), alpha, gamma, where)
