@@ -224,6 +224,17 @@ def test_a_rule_that_is_wrong_for_a_batch_of_cotangents_alone() -> None:
     assert report.reasons == ("reverse mode is wrong for a batch of vectors alone",)
 
 
+def test_a_batch_that_is_wrong_where_each_row_alone_is_right() -> None:
+    @custom_vmap
+    def twice(x: Any) -> Any:
+        return 2 * x
+
+    twice.def_vmap(lambda size, batched, x: (2 * x + (size > 100), batched[0]))
+    report = verify.rule(with_rule(twice, lambda x: (twice(x), None), lambda _, g: (2 * g,)), X, transforms=("vmap",))
+    assert "a batch of 4096" in report.reasons[0]
+    assert "alone, which is right (element" in report.reasons[0]
+
+
 def test_a_rule_that_is_wrong_where_one_argument_is_constant() -> None:
     product = with_rule(
         lambda a, b: a * b,

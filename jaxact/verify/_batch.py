@@ -49,7 +49,9 @@ def in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray], rng: np.r
             came, expected = apart(got[row, i], due[row, i])
             special = SPECIAL[row % len(SPECIAL)]
             where = f"element {i}" + ("" if special is None else f", where input {places[turn[row]]} is {special}")
-            lost = f"{_NAMES[what]} is {came} in {size}, {expected} alone ({where})"
+            right = wrong.any() and _right(comparison, what, directions[row : row + 1], due[row : row + 1])[0, i]
+            alone = "alone, which is right" if right else "alone"
+            lost = f"{_NAMES[what]} is {came} in {size}, {expected} {alone} ({where})"
             if wrong.any():
                 return Check("vmap", REFUTED, lost), ""
     return Check("vmap", VERIFIED, f"rows in {size}"), lost or "as alone"
