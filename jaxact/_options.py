@@ -23,30 +23,45 @@ class Losses(NamedTuple):
 
 
 class Adjustment(NamedTuple):
-    """What is done to logits first: cap·tanh(x/cap), then division by the temperature. None leaves a step out."""
+    """What is done to logits first: cap·tanh(x/cap), then (x − offset)/temperature. None leaves a step out."""
 
     cap: Array | None = None
     temperature: Array | None = None
+    offset: Array | None = None  # of each row
 
     @property
     def is_identity(self) -> bool:
         return self.cap is None and self.temperature is None
 
+    @property
+    def shift(self) -> Array | float:
+        """By how much the offset has moved the adjusted logits."""
+        return 0.0 if self.offset is None or self.temperature is None else self.offset / self.temperature
+
     def __call__(self, x: Array) -> Array:
         z = widen(x)
-        if self.is_identity:
-            return z
-        # What is infinite is neither capped nor scaled, but +inf capped is the cap: 0 times infinity would reach
-        # derivatives.
-        exists, top = z != -jnp.inf, z == jnp.inf
-        z = jnp.where(exists & ~top, z, 0)
+        if self.offset is not None:
+            z = z - jnp.expand_dims(self.offset, range(self.offset.ndim, z.ndim))
         if self.cap is not None:
-            z = jnp.where(top, self.cap, _capped(z, self.cap))
-        if self.temperature is not None:
-            z = z / self.temperature
-        if self.cap is None:
-            z = jnp.where(top, jnp.inf, z)
-        return jnp.where(exists, z, -jnp.inf)
+            # What does not exist is not capped, and +inf is the cap itself: 0 times infinity would reach derivatives.
+            exists, top = z != -jnp.inf, z == jnp.inf
+            z = jnp.where(top, self.cap, _capped(jnp.where(exists & ~top, z, 0), self.cap))
+            z = jnp.where(exists, z, -jnp.inf)
+        return z if self.temperature is None else _quotient(z, self.temperature)
+
+
+@jax.custom_jvp
+def _quotient(z: Array, t: Array) -> Array:
+    return z / t
+
+
+@_quotient.defjvp
+def _quotient_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # Written down for what is infinite, which has no derivative in t; and not by a choice in the quotient itself, for
+    # which XLA for CPU would not vectorise the sums of what is made of it.
+    (z, t), (z_dot, t_dot) = primals, tangents
+    quotient = _quotient(z, t)
+    return quotient, z_dot / t - jnp.where(jnp.isinf(z), 0, quotient) * (t_dot / t)
 
 
 @jax.custom_jvp
@@ -107,18 +122,17 @@ class Options(NamedTuple):
         dtype = compute_dtype(x.dtype)
         return Adjustment(None if cap is None else jnp.asarray(cap, dtype), divisor(self.temperature, x))
 
-    def about_maximum(self, x: Array, live: Array | None, classes: Classes) -> tuple[Array, Array]:
-        """Logits for the adjustment, less the maximum of their row where they are divided; and that, or 0.
+    def adjustment_about_maximum(self, x: Array, live: Array | None, classes: Classes) -> Adjustment:
+        """The same, but about the maximum of each row where logits are divided.
 
         A quotient by the temperature is rounded, and of logits with a large offset in common little would be left. A
         cap, where there is one, bounds them.
         """
-        if self.temperature is None or self.logit_softcap is not None:
-            return x, jnp.zeros((), compute_dtype(x.dtype))
-        peak = finite(classes.max(lax.stop_gradient(widen(x))))
-        if live is not None:
-            peak = jnp.where(live[..., None], peak, 0)
-        return widen(x) - peak, peak[..., 0]
+        adjust = self.adjustment(x)
+        if adjust.temperature is None or adjust.cap is not None:
+            return adjust
+        peak = finite(classes.max(lax.stop_gradient(widen(x))))[..., 0]
+        return adjust._replace(offset=peak if live is None else jnp.where(live, peak, 0))
 
     def weights(self, classes: int, dtype: Any) -> Array | None:
         """A factor for each class."""

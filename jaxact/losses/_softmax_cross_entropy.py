@@ -88,8 +88,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     Derivative:
         (1 − ε) w_y (p − 1[y]) + ε/K (p Σ w − w) + 2·z_loss·(log Σ e^z) p, where the entry at the label is minus the sum
-        of the others and not p_y − 1. Reverse mode keeps `logits`, or with a temperature their distances from the
-        maximum, in float32; and of each example four numbers and whether its label exists.
+        of the others and not p_y − 1. Reverse mode keeps `logits`, and of each example four numbers, with a
+        temperature five, and whether its label exists.
 
     Numerics:
         log1p of the sum over all classes but the label's. So the loss keeps its digits when it is small: with logits
@@ -146,11 +146,11 @@ def _of_integers(
         divided = [s.mesh for s in (jax.typeof(x).sharding, jax.typeof(weights).sharding) if any(s.spec)]
         if divided:  # the label's weight may be on any device
             weights = jax.sharding.reshard(weights, NamedSharding(divided[0], P(None)))
-    smoothing, classes, adjust = options.smoothing_weights(weights, dtype), Classes(axis_name), options.adjustment(x)
-    x, peak = options.about_maximum(x, live, classes)
+    smoothing, classes = options.smoothing_weights(weights, dtype), Classes(axis_name)
+    adjust = options.adjustment_about_maximum(x, live, classes)
     rows, _ = label_losses(classes, x, y, live, smoothing, adjust)
     if options.z_loss is not None:
-        rows = rows._replace(lse=rows.lse + adjust(peak))
+        rows = rows._replace(lse=rows.lse + adjust.shift)
     label_weight = at_index(weights, y, axis_name)
     if label_weight is not None:
         label_weight = as_divided(label_weight, rows.nll)
@@ -261,8 +261,7 @@ def _of_probabilities(
         x, q = jnp.where(live[..., None], x, 0), jnp.where(live[..., None], q, 0)
     dtype = compute_dtype(x.dtype)
     options = options.in_dtype(dtype)
-    adjust = options.adjustment(x)
-    x, peak = options.about_maximum(x, live, Classes())
+    adjust = options.adjustment_about_maximum(x, live, Classes())
     # Logits of 16 bits that are not adjusted are kept as they are, unless two cotangents would be rounded apart.
     z = x if adjust.is_identity and options.z_loss is None else adjust(x)
     weights, exists = options.weights(x.shape[-1], dtype), z != -jnp.inf
@@ -273,5 +272,5 @@ def _of_probabilities(
         q = q.astype(dtype) * as_row(weights, q.ndim)
     loss, _ = soft_losses(*alike(z, q))
     if options.z_loss is not None:
-        loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1) + adjust(peak)))
+        loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1) + adjust.shift))
     return _counted(loss, live)
