@@ -27,10 +27,11 @@ class Verdicts:
         return Verdicts(self.got[some], product, *own)
 
     def worst_in_units(self, unit: float) -> float:
-        """The largest error in units of u·Σ|J||g|, where that is not 0."""
+        """The largest error in units of u·Σ|J||g|, where that is not 0, beyond what may be lost."""
         with np.errstate(all="ignore"):
-            units = np.abs(self.got - self.product.want) / (unit * self.product.size)
-        return float(np.max(units, initial=0.0, where=np.isfinite(units) & (np.abs(self.product.want) > self.floor)))
+            error = np.maximum(np.abs(self.got - self.product.want) - self.floor, 0)
+            units = error / (unit * self.product.size)
+        return float(np.max(units, initial=0.0, where=np.isfinite(units)))
 
     def worst(self, vectors: np.ndarray) -> tuple[int, int]:
         """Vector and element of the largest error, if possible of a one-hot vector, which shows it best."""
