@@ -114,6 +114,22 @@ def test_a_false_zero_in_float16_where_small_numbers_are_not_flushed(bound: floa
     assert verify.rule(jaxact.sigmoid, x, transforms=(), **options).verdict == "verified"
 
 
+def test_a_function_that_oscillates_from_one_number_to_the_next() -> None:
+    def f(x: Any) -> Any:
+        return jnp.sin(x) * jnp.cos(2 * x + 1)
+
+    for seed in range(3):
+        report = verify.rule(f, X, transforms=(), seed=seed)
+        assert report.verdict == "verified", str(report)
+
+    # What lies in between is still looked at.
+    def slope(x: Any) -> Any:
+        return jnp.where(x == 30, 0, jnp.cos(x) * jnp.cos(2 * x + 1) - 2 * jnp.sin(x) * jnp.sin(2 * x + 1))
+
+    wrong = with_rule(f, lambda x: (f(x), x), lambda x, g: (g * slope(x),))
+    assert verify.rule(wrong, X, transforms=()).reasons[0].startswith("at x = 30.0, ")
+
+
 def test_rows_that_no_sampled_column_reaches() -> None:
     # Their derivatives are known all the same, from the rows that are sampled.
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)
