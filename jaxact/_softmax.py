@@ -30,6 +30,7 @@ from jaxact._exponentials import (
     at_most,
     below,
     between,
+    but_maximum,
     certain,
     exponentials,
     finite,
@@ -281,10 +282,15 @@ def without_mean(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        # Summed anew: XLA has more than one exponential function on CPU, and p must sum to 1 to the last bit.
-        p = certain(_softmax(x, t, None, axis, True))
-        # The barrier keeps XLA from computing v twice, with a contraction here and without it there.
-        v = lax.optimization_barrier(once(p, x, sums.peak, operands))
-        return (v - p * spread(jnp.where(undominated(sums.others), 0, sum_over(v, axis)), axis)).astype(result)
+        g = cotangent(x, sums.peak, *operands)
+        # 0 at a class that has more than half, and 1 elsewhere.
+        apart = jnp.maximum(
+            but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)
+        )
+        total, rest = sum_over(g, axis), sum_over(g * apart, axis)
+        p = _softmax(x, t, Sums(sums.peak, sums.total), axis, True)
+        left = lax.stop_gradient(spread(sums.others / (1 + sums.others), axis)) + (lax.stop_gradient(p) - p)
+        v = (g - p * spread(total, axis)) * apart + (g * left - p * spread(rest, axis)) * (1 - apart)
+        return v.astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)
