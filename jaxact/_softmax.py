@@ -260,13 +260,14 @@ def without_mean(
     """
     result = x.dtype if t is None else widen(x).dtype
 
-    # The Jacobian is I − 1 pᵀ. It is a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ
-    # lost to rounding at the largest probability is Σ v, and the second time takes it off.
+    # At a class that has more than half, ȳ − p Σ ȳ cancels, and nothing is left of 1 − p where p rounds to 1.
     def once(p: Array, x: Array, peak: Array, operands: Any) -> Array:
         g = cotangent(x, peak, *operands)
         return g - p * spread(sum_over(g, axis), axis)
 
     if sums is None:
+        # The Jacobian is I − 1 pᵀ. It is a projection, and so applying it twice changes nothing; but what v = ȳ − p Σ ȳ
+        # lost to rounding at the largest probability is Σ v, and the second time takes it off.
         # In one kernel, all of it again: what another has found would part this one, hence the barrier.
         x = widen(lax.optimization_barrier(x))
         p = certain(_softmax(x, t, None, axis, True))
@@ -282,15 +283,15 @@ def without_mean(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        g = cotangent(x, sums.peak, *operands)
-        # 0 at a class that has more than half, and 1 elsewhere.
-        apart = jnp.maximum(
+        p, g = _softmax(x, t, Sums(sums.peak, sums.total), axis, True), cotangent(x, sums.peak, *operands)
+        # There it is ȳ (1 − p) − p Σ of the others' ȳ, and the others' share of the sum is known.
+        is_other = jnp.maximum(
             but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)
         )
-        total, rest = sum_over(g, axis), sum_over(g * apart, axis)
-        p = _softmax(x, t, Sums(sums.peak, sums.total), axis, True)
-        left = lax.stop_gradient(spread(sums.others / (1 + sums.others), axis)) + (lax.stop_gradient(p) - p)
-        v = (g - p * spread(total, axis)) * apart + (g * left - p * spread(rest, axis)) * (1 - apart)
+        total, of_others = (spread(sum_over(a, axis), axis) for a in (g, g * is_other))
+        share = lax.stop_gradient(spread(sums.others / (1 + sums.others), axis))
+        left = share + (lax.stop_gradient(p) - p)  # with the derivative of 1 − p
+        v = (g - p * total) * is_other + (g * left - p * of_others) * (1 - is_other)
         return v.astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)
