@@ -55,9 +55,14 @@ class Comparison(NamedTuple):
         """|error| ≤ bound·u·Σⱼ|Jᵢⱼ||vⱼ|, or, unless `strict`, what inputs off by `bound` units would explain too."""
         product = product or self.oracle.product(mode, vectors)
         info = ml_dtypes.finfo(self.problem.dtype)
-        # Results, and what they are products of.
-        factors = np.abs(vectors) if self.oracle.layout.elementwise else np.abs(vectors).sum(1, keepdims=True)
-        floor = 4 * self.problem.lost * (1 + factors)
+        # Results, and what they are products of. Those of an elementwise function may be an exponential, which is lost
+        # from −log of that on, and a factor like x or x².
+        lost, factors = self.problem.lost, np.abs(vectors)
+        if self.oracle.layout.elementwise:
+            factors = factors * (1 + np.minimum(np.abs(self.problem.x), -np.log(lost))) ** 2
+        else:
+            factors = factors.sum(1, keepdims=True)
+        floor = 4 * lost * (1 + factors)
         base = self.bound * self.problem.unit * product.size + floor
         if not self.strict:
             base = base + product.conditioning
