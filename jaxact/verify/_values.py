@@ -177,7 +177,7 @@ def ulp_errors(got: np.ndarray, want: np.ndarray, dtype: Any) -> tuple[np.ndarra
         got = got.astype(np.float64)
         # The exponent's bits give it sooner than `frexp`. In float64 one over the spacing may be too large a number.
         exponent = np.clip(((want.view(np.int64) >> 52) & 0x7FF) - 1023, info.minexp, 1023)
-        error = np.ldexp(np.abs(got - want), info.nmant - exponent)
+        error = np.ldexp(np.abs(got - want), (info.nmant - exponent).astype(np.int32))
         size = np.abs(want)
         outside = ~((size >= float(info.smallest_normal)) & (size <= float(info.max)) & (error < np.inf))
         region = np.zeros(want.shape, np.int8)
