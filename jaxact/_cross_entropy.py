@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
-from jaxact._exponentials import below, certain, finite, sum_below_maximum, times_jacobian, undominated
+from jaxact._exponentials import below, but_maximum, certain, finite, times_jacobian, undominated
 from jaxact._forward_mode import forward_mode
 from jaxact._label_sums import LabelSums, Total, label_logit, label_sums, places_of
 from jaxact._options import Adjustment, Losses
@@ -189,7 +189,8 @@ def _log_probabilities(classes: Classes, z: Array, total: Total) -> Array:
     top = classes.max(z)
     peak = finite(top)
     d = below(peak, z, ())
-    others, ties = sum_below_maximum(jnp.exp(d), z, peak, (), classes.sum)
+    weight = but_maximum(z, peak, ())
+    others, ties = classes.sum(jnp.exp(d) * weight) / 2, classes.sum(2 - weight) / 2
     # Beside an infinite logit every other class is infinitely unlikely.
     impossible = (top == jnp.inf) & (z < jnp.inf)
     return jnp.where(impossible, -jnp.inf, d - jnp.log1p(others + jnp.maximum(ties - 1, 0)))

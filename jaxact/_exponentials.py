@@ -66,22 +66,17 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     if t is not None:
         return Shift(peak, peak, jnp.ones_like(peak))
     info = jnp.finfo(peak.dtype)
-    if count <= 2**4:
-        # So few that they may all be as large as the largest, and the reciprocal of their sum be a normal number still.
-        room = math.floor(-math.log(float(info.tiny)) - math.log(max(count, 1)))
-        return Shift(peak, _least_shift(peak, room), jnp.ones_like(peak))
-    # Room for rounding s up, and for the reciprocal of the sum to be a normal number.
-    room = math.floor(math.log(float(info.max))) - 2
-    # A larger maximum makes the sum of all larger still: divided by their number, the exponentials do not overflow,
-    # and none is flushed that is a normal part of it. (Arithmetic on the maximum, and not a comparison: so XLA for
-    # CPU makes one kernel of softmax.)
-    large = jnp.minimum(jnp.floor(jnp.maximum(peak / (UNSHIFTED + 1), 0)), 1)
-    return Shift(peak, _least_shift(peak, room), 1 - large * (1 - 0.5 ** (count - 1).bit_length()))
-
-
-def _least_shift(peak: Array, room: int) -> Array:
-    """The integer nearest 0 that is at most the maximum, and at most `room` below it."""
-    return jnp.floor(jnp.minimum(peak, 0)) + jnp.ceil(jnp.maximum(peak - room, 0))
+    few = count <= 28
+    # Of few classes all may be as large as the largest, and the reciprocal of their sum is a normal number still. For
+    # more, that would leave less room, and cost digits.
+    most = -math.log(float(info.tiny)) - math.log(max(count, 1)) if few else math.log(float(info.max)) - 1
+    by = jnp.floor(jnp.minimum(peak, 0) + jnp.maximum(peak - (math.floor(most) - 1), 0))
+    if few:
+        return Shift(peak, by, jnp.ones_like(peak))
+    # A larger maximum makes the sum of all larger still. Multiplied by this, the exponentials of 2³¹ classes do not
+    # overflow, and none is flushed that is a normal part of their sum. (Arithmetic on the maximum, and not a
+    # comparison: so XLA for CPU makes one kernel of softmax.)
+    return Shift(peak, by, jnp.maximum(1 - jnp.floor(jnp.maximum(peak / (UNSHIFTED + 1), 0)), 2.0**-32))
 
 
 def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Callable[[Array], Array] = jnp.exp) -> Array:
@@ -142,19 +137,10 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
         others = sum_but_largest(lambda a: exponentials(a, shift, t, ()), wide, axis)
         return RowSums(peak, others + exponentials(top, shift, t, ()), others / at_peak)
     e = exponentials(wide, shift, t, axis)
-    others, ties = sum_below_maximum(e, wide, peak, axis, lambda a: jnp.sum(a, axis))
+    weight = but_maximum(wide, peak, axis)
+    others = jnp.sum(e * weight, axis) / 2
+    ties = class_count(x, axis) - jnp.sum(weight, axis) / 2  # exact for 2²⁴ classes, of which memory has no 4096 rows
     return RowSums(peak, others + ties * at_peak, others / at_peak + jnp.maximum(ties - 1, 0))
-
-
-def sum_below_maximum(
-    e: Array, x: Array, peak: Array, axis: Axes, total: Callable[[Array], Array]
-) -> tuple[Array, Array]:
-    """The `total` of e where the maximum is not attained, and the number of classes that attain it.
-
-    That number is exact, however many others there are.
-    """
-    weight = but_maximum(x, peak, axis)
-    return total(e * weight) / 2, total(2 - weight) / 2
 
 
 def but_maximum(x: Array, peak: Array, axis: Axes) -> Array:

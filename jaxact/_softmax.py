@@ -29,7 +29,6 @@ from jaxact._exponentials import (
     Sums,
     at_most,
     below,
-    between,
     but_maximum,
     certain,
     exponentials,
@@ -220,8 +219,9 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
     d = below(peak, widen(again), axis)
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf.
-    excess = widen(maximum(x, axis)) - peak
-    d = d * spread(between(excess, 1, float(jnp.finfo(d.dtype).max)), axis)
+    largest = float(jnp.finfo(d.dtype).max)
+    excess = jnp.maximum(widen(maximum(x, axis)), -largest) - peak
+    d = d * spread(jnp.minimum(1 + excess, largest), axis)
     return ((d if t is None else d / t) - spread(jnp.log1p(sums.others), axis)).astype(x.dtype), sums
 
 

@@ -115,11 +115,12 @@ def test_one_class_above_many_that_are_equal(classes: int, rows: int, limit: int
 
 
 @pytest.mark.parametrize(("dtype", "room"), [("float32", 86), ("float64", 707)])
-@pytest.mark.parametrize("count", [8, 2**15])
-def test_many_classes_at_a_large_maximum(count: int, dtype: str, room: int, x64: None) -> None:
-    # Each exponential is up to e^room: 2^15 of them overflow, and 1 over the sum of 8 is not a normal number.
-    tops = np.array([room - 0.5, room, room + 1.5, room + 20, 1e4])
-    x = np.full((len(tops), 2**15), -INF, dtype)
+@pytest.mark.parametrize(("count", "classes"), [(28, 28), (29, 29), (8, 2**15), (2**15, 2**15)])
+def test_many_classes_at_a_large_maximum(count: int, classes: int, dtype: str, room: int, x64: None) -> None:
+    # Each exponential is up to e^room: 2^15 of them overflow, and 1 over the sum of 8 is not a normal number. Up to 28
+    # classes have a shift of their own.
+    tops = np.array([room - 2.5, room - 0.5, room, room + 1.5, room + 20, 1e4])
+    x = np.full((len(tops), classes), -INF, dtype)
     x[:, :count] = tops[:, None]
     y = np.asarray(jaxact.softmax(x))
     assert ulps(y[:, :count], np.full((len(tops), count), 1 / count), dtype) <= 6  # documented
