@@ -106,6 +106,13 @@ def over_total(e: Array, total: Array, axis: Axes) -> Array:
     return e / spread(total + 2.0**-100, axis)
 
 
+def divided_by_total(e: Array, total: Array, axis: Axes) -> Array:
+    """The same by a division: 1 where nothing is left to the others, where e·(1/e) may not be. It takes longer."""
+    # Of what is divided by one number for each row, XLA makes a product. (The total second, as in `at_most`: a nan
+    # reaches its row through it.)
+    return e / jnp.maximum(e, spread(total + 2.0**-100, axis))
+
+
 def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
     if at_once(x, axis):
         return sums_at_once(x, t, axis)

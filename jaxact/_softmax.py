@@ -31,6 +31,7 @@ from jaxact._exponentials import (
     below,
     but_maximum,
     certain,
+    divided_by_total,
     exponentials,
     finite,
     if_dominated,
@@ -116,9 +117,11 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
         # One class takes everything, exactly: e·(1/e), as XLA divides, can round to less than 1.
         return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
 
+    divides = _divides(x, t, axis, summed)
+
     def about_maximum(x: Array, _: Any) -> Array:
         sums, e = maximum_and_total(x, t, axis)
-        return over_total(e, sums.total, axis).astype(x.dtype)
+        return (divided_by_total if divides else over_total)(e, sums.total, axis).astype(x.dtype)
 
     # XLA has more than one exponential on CPU, and we have ours: beside a sum of another, one may exceed the whole.
     def about_zero(x: Array, total: Array) -> Array:
@@ -129,22 +132,29 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
         shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
         e = exponentials(widen(x), shift, t, axis, jnp.exp if summed else exp)
         return over_total(at_most(spread(total, axis), e), total, axis).astype(x.dtype)
-    if t is not None or summed or size(x) < 2**17 or at_once(x, axis):
+    if divides or at_once(x, axis):
         return about_maximum(x, None)  # to find it takes less time than a branch
     total, in_range = total_unshifted(x, axis)
     return unless_all(in_range, about_maximum, about_zero, x, total)
 
 
+def _divides(x: Array, t: Array | None, axis: Axes, summed: bool) -> bool:
+    """Whether what takes everything is exactly 1, by a division: its time is won back in the derivative."""
+    return (t is not None or summed or size(x) < 2**17) and not at_once(x, axis)
+
+
 def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: bool) -> Any:
     y = _softmax(x, t, sums, axis, summed)
     # Of a probability below 6e-5 float16 keeps fewer digits, and below 3e-8 none; but its cotangent may be large.
-    return y, (x if y.dtype == jnp.float16 else y, t)
+    kept = x if y.dtype == jnp.float16 else y if sums is None else certain(y)
+    return y, (kept, t)
 
 
 def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
     kept, t = residuals
     dtype = kept.dtype
-    y = certain(_softmax(widen(kept), t, None, axis, summed) if dtype == jnp.float16 else widen(kept))
+    y = _softmax(widen(kept), t, None, axis, summed) if dtype == jnp.float16 else widen(kept)
+    y = y if _divides(y, t, axis, summed) else certain(y)
     z = times_jacobian(y, widen(g), lambda a: spread(sum_over(a, axis), axis))
     if t is None:
         return z.astype(dtype), None, None
