@@ -46,7 +46,7 @@ from jaxact._exponentials import (
     unless_all,
 )
 from jaxact._forward_mode import forward_mode
-from jaxact._reductions import Axes, at_once, class_count, maximum, size, spread, sum_over
+from jaxact._reductions import Axes, at_once, class_by_class, class_count, maximum, size, spread, sum_over
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
@@ -140,7 +140,9 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
 
 def _divides(x: Array, t: Array | None, axis: Axes, summed: bool) -> bool:
     """Whether what takes everything is exactly 1, by a division: its time is won back in the derivative."""
-    return (t is not None or summed or size(x) < 2**17) and not at_once(x, axis)
+    if at_once(x, axis):
+        return class_by_class(x, axis) and not summed
+    return t is not None or summed or size(x) < 2**17
 
 
 def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: bool) -> Any:

@@ -101,6 +101,15 @@ def test_softmax_of_hard_rows(row: list[float], padding: int) -> None:
     assert ulps(jaxact.softmax(x), exact_value("softmax", x)) <= 6
 
 
+@pytest.mark.parametrize("shape", [(100, 2), (1000, 2), (1000, 20), (100, 1000)])
+def test_what_takes_everything_is_exactly_1(shape: tuple[int, int]) -> None:
+    # A product with the reciprocal of the sum would be 1 − 2⁻²⁴ in one of eight rows. The derivative rests on this.
+    x = np.full(shape, -500, np.float32)
+    x[:, 0] = np.random.default_rng(0).uniform(-300, 300, shape[0])
+    y = np.asarray(jaxact.softmax(x))
+    assert (y[:, 0] == 1).all() and not y[:, 1:].any()
+
+
 @pytest.mark.parametrize("classes", [16, 64, 1000])
 @pytest.mark.parametrize(("rows", "limit"), [(1, 60), (2500, 12)])
 def test_one_class_above_many_that_are_equal(classes: int, rows: int, limit: int) -> None:
