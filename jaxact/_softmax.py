@@ -72,8 +72,9 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
         since a small `y` has few digits there, or none.
 
     Numerics:
-        At most 6 ulp in float32 at logit scale 30 and T = 1; the derivative within 20·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element,
-        also where one probability rounds to 1 (`jax.nn.softmax` loses that entry) or ȳ has a large common offset.
+        At most 6 ulp in float32 at logit scale 30 and T = 1; there the gradient is within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each
+        element, and any derivative within 20, also where one probability rounds to 1 (`jax.nn.softmax` loses that
+        entry) or ȳ has a large common offset.
         Both rest on XLA's sum of a row. On CPU it adds up to 32 numbers one after another in arrays of less than 2¹⁵,
         and where all but one of them are just too small to count, as in [16.6, 0, 0, …], it is off by up to 60 u.
         16-bit types are computed in float32 and rounded once. Held by `tests/test_softmax.py`.
@@ -195,9 +196,9 @@ def log_softmax(
     Numerics:
         At most 12 ulp in float32 at logit scale 30, however near 0 the result: log1p of the other classes' sum and not
         the log of the whole.
-        The gradient is within 10·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element, the pushforward, which ends in a sum, within 20, but
-        for the sums that `softmax` speaks of. 16-bit types are computed in float32 and rounded once. Held by
-        `tests/test_softmax.py`.
+        The gradient is within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element at that scale and within 10 at any, the pushforward,
+        which ends in a sum, within 20, but for the sums that `softmax` speaks of. 16-bit types are computed in float32
+        and rounded once. Held by `tests/test_softmax.py`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxact
