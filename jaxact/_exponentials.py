@@ -70,7 +70,9 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     # Of few classes all may be as large as the largest, and the reciprocal of their sum is a normal number still. For
     # more, that would leave less room, and cost digits.
     most = -math.log(float(info.tiny)) - math.log(max(count, 1)) if few else math.log(float(info.max)) - 1
-    by = jnp.floor(jnp.minimum(peak, 0) + jnp.maximum(peak - (math.floor(most) - 1), 0))
+    # The factor lets s grow to m, where m is so large that m less the room may round to a number much further below.
+    lifted = peak * (1 + 8 * float(info.eps))
+    by = jnp.floor(jnp.minimum(jnp.maximum(lifted - (math.floor(most) - 1), jnp.minimum(peak, 0)), peak))
     if few:
         return Shift(peak, by, jnp.ones_like(peak))
     # A larger maximum makes the sum of all larger still. Multiplied by this, the exponentials of 2³¹ classes do not
@@ -144,9 +146,10 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
         others = sum_but_largest(lambda a: exponentials(a, shift, t, ()), wide, axis)
         return RowSums(peak, others + exponentials(top, shift, t, ()), others / at_peak)
     e = exponentials(wide, shift, t, axis)
-    weight = but_maximum(wide, peak, axis)
+    weight, count = but_maximum(wide, peak, axis), class_count(x, axis)
     others = jnp.sum(e * weight, axis) / 2
-    ties = class_count(x, axis) - jnp.sum(weight, axis) / 2  # exact for 2²⁴ classes, of which memory has no 4096 rows
+    # Exact: whole numbers up to 2²⁴ are. Of more classes, or an unknown number of them, the ties alone are summed.
+    ties = count - jnp.sum(weight, axis) / 2 if count <= 2**24 else jnp.sum(2 - weight, axis) / 2
     return RowSums(peak, others + ties * at_peak, others / at_peak + jnp.maximum(ties - 1, 0))
 
 

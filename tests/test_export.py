@@ -89,9 +89,8 @@ def test_lowers_for_every_platform_and_runs_here(
     )
 
 
-@pytest.mark.parametrize("shape", ["n, 4", "3, k"])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "weighted_logsumexp", "integer_loss", "dense"])
-def test_symbolic_shapes(name: str, shape: str) -> None:
+def test_symbolic_shapes(name: str) -> None:
     f = FUNCTIONS[name] if name != "dense" else lambda x: losses.softmax_cross_entropy(x, x * x)
 
     @jax.jit
@@ -99,8 +98,8 @@ def test_symbolic_shapes(name: str, shape: str) -> None:
         y, pullback = jax.vjp(f, x)
         return y, pullback(jnp.ones_like(y))[0]
 
-    sizes = jax.export.symbolic_shape(shape)
-    exported = jax.export.export(both)(jax.ShapeDtypeStruct(sizes, jnp.float32))
     x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    for got, want in zip(exported.call(x), both(x), strict=True):
-        np.testing.assert_allclose(got, want, rtol=2**-22, atol=8 * 2.0**-24)  # as above
+    for shape in "n, 4", "3, k":
+        exported = jax.export.export(both)(jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32))
+        for got, want in zip(exported.call(x), both(x), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2**-22, atol=8 * 2.0**-24)  # as above

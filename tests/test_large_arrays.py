@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,18 @@ def test_special_values_in_many_rows(rows: int, padding: int) -> None:
     np.testing.assert_array_equal(got[~finite], want[~finite])
     size = np.maximum(abs(want), abs(np.max(x, 1)))[finite]
     assert (abs(got[finite] - want[finite]) <= 3 * 2.0**-24 * size + 2.0**-126).all()
+
+
+@pytest.mark.parametrize("ties", [1, 2])
+def test_more_classes_than_float32_can_count(ties: int) -> None:
+    # The impossible class has no label: the loss is then formed anew, from the number of classes at the maximum.
+    x = np.zeros((1, 2**24 + 3), np.float32)
+    x[0, :ties], x[0, -1] = 30, -INF
+    label = np.zeros_like(x)
+    label[0, 0] = 1
+    want = math.log1p((ties - 1) + (x.size - 1 - ties) * math.exp(-30))
+    # The sum of 2²⁴ numbers, in lanes and then across them, rounds a thousand times, by half a unit at most.
+    np.testing.assert_allclose(losses.softmax_cross_entropy(x, label), [want], rtol=500 * 2.0**-24)
 
 
 # On either side of where the sums need a shift: sums below 1 and above e⁶³; logarithms within 1 of 0.

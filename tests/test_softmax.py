@@ -140,6 +140,21 @@ def test_many_classes_at_a_large_maximum(count: int, classes: int, dtype: str, r
     np.testing.assert_allclose(np.asarray(jaxact.logsumexp(x, axis=1)), tops + math.log(count), rtol=bound)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("classes", [2, 3, 8, 20, 100])
+def test_a_maximum_of_any_size(classes: int, dtype: str, x64: None) -> None:
+    # Where numbers are more than 1 apart, the maximum less what an exponent may be is rounded, to one further below.
+    tops = np.outer(2.0 ** np.arange(np.finfo(dtype).maxexp - 1), [1, 1.37, 1.999]).reshape(-1, 1)
+    alone, all_alike = np.zeros((2, len(tops), classes), dtype)
+    alone[:, :1], all_alike[:] = tops, tops
+    for x in alone, all_alike:
+        assert ulps(jaxact.softmax(x), exact_value("softmax", x), dtype) <= 6  # documented
+        assert ulps(jaxact.log_softmax(x), exact_value("log_softmax", x), dtype) <= 12
+        with np.errstate(over="ignore"):
+            want = x.max(1) - exact_value("log_softmax", x).max(1)
+        np.testing.assert_allclose(np.asarray(jaxact.logsumexp(x, axis=1)), want, rtol=4 * float(np.finfo(dtype).eps))
+
+
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000])
 @pytest.mark.parametrize("scale", [1, 30, "dominated"])
 def test_log_softmax_is_relatively_accurate(scale: float | str, classes: int) -> None:
