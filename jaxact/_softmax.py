@@ -302,9 +302,10 @@ def without_mean(
             but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)
         )
         total, of_others = (spread(sum_over(a, axis), axis) for a in (g, g * is_other))
-        share = lax.stop_gradient(spread(sums.others / (1 + sums.others), axis))
-        left = share + (lax.stop_gradient(p) - p)  # with the derivative of 1 − p
-        v = (g - p * total) * is_other + (g * left - p * of_others) * (1 - is_other)
+        share, fixed = lax.stop_gradient((spread(sums.others / (1 + sums.others), axis), p))
+        # The last term is 0, and is the derivative in p, for which Σ ȳ is whole: the two sums may cancel in it.
+        of_largest = g * share - fixed * of_others - (p - fixed) * total
+        v = (g - p * total) * is_other + of_largest * (1 - is_other)
         return v.astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)
