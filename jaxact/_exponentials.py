@@ -70,7 +70,8 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     # Of few classes all may be as large as the largest, and the reciprocal of their sum is a normal number still. For
     # more, that would leave less room, and cost digits.
     most = -math.log(float(info.tiny)) - math.log(max(count, 1)) if few else math.log(float(info.max)) - 1
-    # Lifted, since a large m less the room is rounded, and to a number that may be much further below m than that.
+    # Lifted, since a large m less the room is rounded, and to a number that may be much further below m than that: by
+    # m·eps, at most, which 8 times it outweighs.
     lifted = peak * (1 + 8 * float(info.eps))
     by = jnp.floor(jnp.minimum(jnp.maximum(lifted - (math.floor(most) - 1), jnp.minimum(peak, 0)), peak))
     if few:

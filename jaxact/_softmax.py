@@ -140,7 +140,10 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
 
 
 def _divides(x: Array, t: Array | None, axis: Axes, summed: bool) -> bool:
-    """Whether what takes everything is exactly 1, by a division: its time is won back in the derivative."""
+    """Whether what takes everything is exactly 1, by a division: its time is won back in the derivative.
+
+    What the forward pass has divided, the backward pass need not make `certain`: both ask here.
+    """
     if at_once(x, axis):
         return class_by_class(x, axis) and not summed
     return t is not None or summed or size(x) < 2**17
@@ -149,6 +152,7 @@ def _divides(x: Array, t: Array | None, axis: Axes, summed: bool) -> bool:
 def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: bool) -> Any:
     y = _softmax(x, t, sums, axis, summed)
     # Of a probability below 6e-5 float16 keeps fewer digits, and below 3e-8 none; but its cotangent may be large.
+    # With known sums it is never divided, and the backward pass cannot tell, since it is not given them.
     kept = x if y.dtype == jnp.float16 else y if sums is None else certain(y)
     return y, (kept, t)
 
@@ -231,7 +235,7 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
     again, peak = (x, sums.peak) if at_once(x, axis) else lax.optimization_barrier((x, sums.peak))
     d = below(peak, widen(again), axis)
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
-    # is 0 or −inf.
+    # is 0 or −inf. (The excess is 0 or infinite. A maximum by 1 beside the minimum would be a clip, as in `between`.)
     largest = float(jnp.finfo(d.dtype).max)
     excess = jnp.maximum(widen(maximum(x, axis)), -largest) - peak
     d = d * spread(jnp.minimum(1 + excess, largest), axis)

@@ -149,7 +149,8 @@ def test_a_maximum_of_any_size(classes: int, dtype: str, x64: None) -> None:
     alone[:, :1], all_alike[:] = tops, tops
     for x in alone, all_alike:
         assert ulps(jaxact.softmax(x), exact_value("softmax", x), dtype) <= 6  # documented
-        assert ulps(jaxact.log_softmax(x), exact_value("log_softmax", x), dtype) <= 12
+        assert ulps(jaxact.log_softmax(x), exact_value("log_softmax", x), dtype) <= 12  # documented
+        # m + log1p(others): three roundings of it, and one of the difference here.
         with np.errstate(over="ignore"):
             want = x.max(1) - exact_value("log_softmax", x).max(1)
         np.testing.assert_allclose(np.asarray(jaxact.logsumexp(x, axis=1)), want, rtol=4 * float(np.finfo(dtype).eps))
