@@ -110,7 +110,13 @@ def masked(x: Array, where: ArrayLike | None, fill: float, name: str = "the inpu
 
     The name is that of the argument whose shape `x` has.
     """
-    return x if where is None else jnp.where(canonical_mask(where, x.shape, name), x, jnp.asarray(fill, x.dtype))
+    return x if where is None else _filled(x, where, fill, name)
+
+
+# What is kept is the mask as it was given, and not what it is spread to, nor the zeros of the derivative.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def _filled(x: Array, where: ArrayLike, fill: float, name: str) -> Array:
+    return jnp.where(canonical_mask(where, x.shape, name), x, jnp.asarray(fill, x.dtype))
 
 
 def canonical_mask(where: ArrayLike, shape: tuple[int, ...], whose: str) -> Array:
@@ -140,6 +146,10 @@ def canonical_temperature(temperature: ArrayLike) -> ArrayLike | None:
     return canonical_scalar("temperature", temperature, lambda t: 0 < t < math.inf, "positive and finite", nothing=1)
 
 
+def canonical_smoothing(epsilon: ArrayLike) -> ArrayLike | None:
+    return canonical_scalar("label_smoothing", epsilon, lambda e: 0 <= e <= 1, "in [0, 1]", nothing=0)
+
+
 def divisor(temperature: ArrayLike | None, x: Array) -> Array | None:
     """The temperature as what `x` is divided by: nan where it is not positive, which a traced one may be."""
     if temperature is None:
@@ -165,7 +175,7 @@ def canonical_scalar(
         number = float(value)  # type: ignore[arg-type]
     except jax.errors.ConcretizationTypeError:
         return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a real number, got {value!r}.") from None
     dtype = jnp.result_type(float)
     rounded = number if 2.0**-126 <= abs(number) < 2.0**128 else _flushed(number, dtype)

@@ -155,23 +155,17 @@ def _cotangents(how: How, gradients: Any, samples: Any) -> Any:
     """
     tracked = how.axis_name is None or varying(samples.w)
 
-    def typed(g: Array | None, sample: Array, alone: bool) -> Array | None:
+    def typed(sample: Array, g: Array | None, alone: bool) -> Array | None:
         if g is None:
             return None
         # With check_vma=False, `shard_map` keeps no track.
         extra = tuple(varying(g) - varying(sample)) if tracked else () if alone else how.axis_name
         return (lax.psum(g, extra) if extra else g).astype(sample.dtype)
 
-    tree: Any = jax.tree.structure(samples)
     # w, the bias and the weights are split, and what is a matter of rows is computed on each.
     options = Options(temperature=False, label_smoothing=True, z_loss=True, logit_softcap=False, class_weight=True)
     alone = Operands(False, True, True, options)
-    return tree.unflatten(map(typed, tree.flatten_up_to(gradients), jax.tree.leaves(samples), along(alone, samples)))
-
-
-def along(prefix: Any, tree: Any) -> list[Any]:
-    """What the prefix of a tree says of each leaf."""
-    return jax.tree.leaves(jax.tree.broadcast(prefix, tree))
+    return jax.tree.map(typed, samples, gradients, jax.tree.broadcast(alone, samples))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
@@ -230,12 +224,10 @@ def _in_chunks(how: How, step: Any, sums: Any, operands: Operands, inputs: Any) 
     """
     n, size = operands.x.shape[0], _size(how, operands)
     count = n // size
-    tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
-    leaves, tree = jax.tree.flatten(inputs)
     # Not two slices, whose transpose is a sum of padded arrays: where that follows a product, XLA for CPU of JAX 0.10
     # may make one kernel of them, which writes nowhere and ends the process.
-    parts = [lax.split(a, (size * count, n - size * count)) for a in leaves]
-    whole, rest = (tree.unflatten(part) for part in zip(*parts, strict=True))
+    parts = jax.tree.map(lambda a: lax.split(a, (size * count, n - size * count)), inputs)
+    whole, rest = jax.tree.transpose(jax.tree.structure(inputs), None, parts)
     split = jax.tree.map(lambda a: a.reshape(size, count, *a.shape[1:]).swapaxes(0, 1), whole)
     # Checkpointed, since what derivatives of higher order and transposition save of a step, they save for all steps.
     step = jax.checkpoint(step, prevent_cse=False)

@@ -56,6 +56,7 @@ def alike(*arrays: Any) -> Any:
     axes = frozenset[Any]().union(*map(varying, given))
     varied = [vary(a, axes) for a in given]
     if len({jax.typeof(a).sharding for a in varied}) > 1:
+        # That which JAX gives the result of an operation on all of them.
         common = jax.typeof(functools.reduce(jnp.logical_and, varied)).sharding
         varied = [jax.sharding.reshard(a, common) for a in varied]
     return jax.tree.unflatten(jax.tree.structure(arrays), varied)
@@ -76,6 +77,16 @@ def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array
     wide = labels.astype(jnp.int32 if narrow else jnp.promote_types(labels.dtype, jnp.int32))
     exists = (wide >= 0) & (wide < count)
     return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
+
+
+def integer_labels(labels: Any, shape: tuple[int, ...], whose: str) -> Array:
+    """The labels, if they are integers in the shape of `whose`."""
+    array = jnp.asarray(labels)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got dtype {array.dtype}.")
+    if array.shape != shape:
+        raise ValueError(f"labels must have the shape of {whose}, {shape}, got {array.shape}.")
+    return array
 
 
 def as_row(of_classes: Array, ndim: int) -> Array:

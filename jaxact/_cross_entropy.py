@@ -83,7 +83,7 @@ def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
         total = Total(*(jnp.where(live[..., None], a, 1) for a in total))
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
     z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, total, cotangents[0], classes, impossible)
-    if weights is not None and weights_bar is not None:
+    if weights_bar is not None:
         if varying(weights_bar) != varying(weights):
             weights_bar = lax.psum(weights_bar, tuple(varying(weights_bar) - varying(weights)))
         weights_bar = as_divided(weights_bar, weights)

@@ -136,7 +136,8 @@ def two_to(k: Array) -> Array:
 
 def _typed_as(x: Array, y: Array) -> Array:
     """`y` in the type of `x`, which is a weak one where `x` comes of a Python number."""
-    return y.astype(x.dtype) if x.ndim else lax.full_like(x, y)
+    # `full_like` keeps that, of a single number.
+    return jnp.vectorize(lax.full_like)(x, y) if jax.typeof(x).weak_type else y.astype(x.dtype)
 
 
 def polynomial(coefficients: tuple[float, ...], x: Array) -> Array:

@@ -90,15 +90,19 @@ def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Calla
     return exp(d) * factor if t is None else exp(d / t)
 
 
-def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Array]:
-    """The sums, and the exponentials themselves."""
+def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Shift, Array]:
+    """The sums, the shift, and the exponentials themselves."""
     peak = finite(widen(maximum(x, axis)))
-    e = exponentials(widen(x), shift_about(peak, t, class_count(x, axis)), t, axis)
-    return Sums(peak, sum_over(e, axis)), e
+    shift = shift_about(peak, t, class_count(x, axis))
+    e = exponentials(widen(x), shift, t, axis)
+    return Sums(peak, sum_over(e, axis)), shift, e
 
 
 def total_unshifted(x: Array, axis: Axes) -> tuple[Array, Array]:
-    """The sum without a shift, for which no maximum need be found; and whether nothing overflows or is flushed."""
+    """The sum without a shift, for which no maximum need be found; and whether it will do.
+
+    It does if it has not overflowed and nothing is flushed that counts.
+    """
     total = sum_over(jnp.exp(widen(x)), axis)
     return total, (total >= 1) & (total < math.exp(UNSHIFTED))
 
@@ -119,8 +123,7 @@ def divided_by_total(e: Array, total: Array, axis: Axes) -> Array:
 def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
     if at_once(x, axis):
         return sums_at_once(x, t, axis)
-    sums, _ = maximum_and_total(x, t, axis)
-    shift = shift_about(sums.peak, t, class_count(x, axis))
+    sums, shift, _ = maximum_and_total(x, t, axis)
     at_peak = exponentials(sums.peak, shift, t, ())
     all_but_one = sums.total / at_peak - 1
 
@@ -157,7 +160,7 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
 def but_maximum(x: Array, peak: Array, axis: Axes) -> Array:
     """0 where the maximum is attained and 2 elsewhere."""
     # Not 1, a limit that other kernels have as well: a constant of two kernels is written to memory at full size.
-    # A constant, to autodiff: the slope of the limit would be that of a step.
+    # Autodiff must not see it: the limit's slope would be that of a step.
     return jnp.minimum(lax.stop_gradient(below(peak, x, axis)) / -float(jnp.finfo(x.dtype).tiny), 2)
 
 

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, require_array, require_arrays
-from jaxact._chunks import How, Operands, Tokens, along, attached, sweep, weighted, weighted_total
-from jaxact._classes import AxisName, at_index, label_index, not_ignored, static_axis_name
+from jaxact._chunks import How, Operands, Tokens, attached, sweep, weighted, weighted_total
+from jaxact._classes import AxisName, at_index, integer_labels, label_index, not_ignored, static_axis_name
 from jaxact._options import Options
 
 
@@ -153,18 +153,15 @@ def _of_any(
     token_weight: ArrayLike | None,
     options: Options,
 ) -> Any:
-    x, w, labels = as_float("x", x), as_float("w", w), jnp.asarray(labels)
-    shape = labels.shape
+    x, w = as_float("x", x), as_float("w", w)
     features, vocabulary = (w.shape if how.class_axis else w.shape[::-1]) if w.ndim == 2 else (-1, -1)
     if x.ndim == 0 or x.shape[-1] != features:
         wanted = "(D, V)" if how.class_axis else "(V, D)"
         raise ValueError(f"x must have shape (..., D) and w {wanted}, got {x.shape} and {w.shape}.")
     if x.dtype != w.dtype:
         raise TypeError(f"x and w must have one dtype, got {x.dtype} and {w.dtype}: cast the one you mean to.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
-    if shape != x.shape[:-1]:
-        raise ValueError(f"labels must have the shape of x without its last axis, {x.shape[:-1]}, got {shape}.")
+    shape = x.shape[:-1]
+    labels = integer_labels(labels, shape, "x without its last axis")
     dtype = jnp.promote_types(how.accum_dtype, x.dtype)
     if bias is not None:
         bias = as_float("bias", bias)
@@ -203,10 +200,12 @@ def _on_mesh(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Ar
         out_specs=(out, cast(Any, Auxiliary)(by_token, by_token, by_token, by_token, P())) if how.extras else out,
     )
     arguments = (x, w, tokens, bias, options)
-    tree: Any  # to type checkers, jaxlib's PyTreeDef has no methods
-    leaves, tree = jax.tree.flatten(arguments)
-    wanted = [NamedSharding(mesh, spec) for spec in along(specs, arguments)]
-    return of_device(*tree.unflatten([jax.sharding.reshard(a, to) for a, to in zip(leaves, wanted, strict=True)]))
+    placed = jax.tree.map(
+        lambda a, spec: jax.sharding.reshard(a, NamedSharding(mesh, spec)),
+        arguments,
+        jax.tree.broadcast(specs, arguments),
+    )
+    return of_device(*placed)
 
 
 def _names(entry: Any) -> tuple[Any, ...]:

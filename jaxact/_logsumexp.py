@@ -45,7 +45,8 @@ def logsumexp(
 
     Derivative:
         ā = ḡ softmax(a); with weights āᵢ = ḡ s bᵢ e^{aᵢ−out} and b̄ᵢ = ḡ s e^{aᵢ−out}, s the sign, also at bᵢ = 0.
-        0 where the sum is empty. Reverse mode keeps `a` and two numbers for each sum; with weights `a`, `b` and three.
+        0 where the sum is empty. Reverse mode keeps `a` and two numbers for each sum, with weights `a`, `b` and three,
+        and the mask.
 
     Numerics:
         m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0; on CPU, log Σ
@@ -192,7 +193,7 @@ def _log_total_fwd(a: Array, b: Array, peak: Array, axis: Axes) -> Any:
 
 def _log_total_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     a, b, *of_rows = residuals
-    dtypes = a.dtype, b.dtype
+    dtype = a.dtype
     a, b = widen(a), widen(b)
     shift, log_total, sign, g = (spread(r, axis) for r in (*of_rows, cotangents[0]))
     a = _counting(a, b, shift)
@@ -203,7 +204,7 @@ def _log_total_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     d = jnp.where(empty, -jnp.inf, (a - shift) - jnp.where(empty, 0, log_total))
     b_bar = g * sign * _bounded_exp(d)
     a_bar = (g * sign) * _weighted_exp(b, d)
-    return a_bar.astype(dtypes[0]), b_bar.astype(dtypes[1]), None
+    return a_bar.astype(dtype), b_bar.astype(dtype), None
 
 
 _log_total.defvjp(_log_total_fwd, _log_total_bwd)

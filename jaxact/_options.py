@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._canonical import as_float, canonical_scalar, canonical_temperature, compute_dtype, divisor, widen
+from jaxact._canonical import as_float, canonical_scalar, canonical_smoothing, canonical_temperature, divisor, widen
 from jaxact._classes import Classes
 from jaxact._elementary import polynomial
 from jaxact._exponentials import finite
@@ -97,14 +97,14 @@ class Options(NamedTuple):
 
     def checked(self) -> "Options":
         """None for what does nothing; what is out of range raises where its value is known."""
-        (t, e, z, cap, weights), scalar = self, canonical_scalar
-        # The inverse of a cap must be a normal number too.
-        return Options(
-            canonical_temperature(t),
-            scalar("label_smoothing", e, lambda e: 0 <= e <= 1, "in [0, 1]", nothing=0),
-            scalar("z_loss", z, lambda z: 0 <= z < math.inf, "finite and not negative", nothing=0),
-            None if cap is None else scalar("logit_softcap", cap, lambda c: 0 < c <= 1e37, "positive and at most 1e37"),
-            weights,
+        scalar, cap = canonical_scalar, self.logit_softcap
+        if cap is not None:  # its inverse must be a normal number too
+            cap = scalar("logit_softcap", cap, lambda c: 0 < c <= 1e37, "positive and at most 1e37")
+        return self._replace(
+            temperature=canonical_temperature(self.temperature),
+            label_smoothing=canonical_smoothing(self.label_smoothing),
+            z_loss=scalar("z_loss", self.z_loss, lambda z: 0 <= z < math.inf, "finite and not negative", nothing=0),
+            logit_softcap=cap,
         )
 
     def in_dtype(self, dtype: Any) -> "Options":
@@ -118,9 +118,7 @@ class Options(NamedTuple):
         )
 
     def adjustment(self, x: Array) -> Adjustment:
-        cap = self.logit_softcap
-        dtype = compute_dtype(x.dtype)
-        return Adjustment(None if cap is None else jnp.asarray(cap, dtype), divisor(self.temperature, x))
+        return Adjustment(self.logit_softcap, divisor(self.temperature, x))
 
     def adjustment_about_maximum(self, x: Array, live: Array | None, classes: Classes) -> Adjustment:
         """The same, but about the maximum of each row where logits are divided.
@@ -149,7 +147,7 @@ class Options(NamedTuple):
             return None
         return jnp.ones((), dtype) if weights is None else weights
 
-    def combine(self, losses: "Losses", label_weight: Array | None) -> Array:
+    def combine(self, losses: Losses, label_weight: Array | None) -> Array:
         """The loss of each row."""
         nll, lse, uniform = losses
         loss = nll if label_weight is None else times(label_weight, nll)

@@ -35,7 +35,7 @@ def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     def exact(x: Array, q: Array, sums: RowSums) -> Array:
         # Infinity times a label of 0 must be 0. So it is split in two finite factors, whose product with any other
         # label is infinite. The limit is 0 where no class is left.
-        nll = jnp.log1p(sums.others)[..., None] - _below(x, sums.peak)
+        nll = jnp.log1p(sums.others)[..., None] - _below_or_impossible(x, sums.peak)
         limit = largest * jnp.minimum(sums.total, 1)
         factor = between(nll * tiny, 1, limit[..., None])
         loss = sum_over(jnp.minimum(nll, 1 / tiny) * q.astype(nll.dtype) * factor, axis)
@@ -54,7 +54,7 @@ def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     return unless_all(jnp.isfinite(loss), anew, lambda x, q, loss: loss, x, q, loss), sums
 
 
-def _below(x: Array, peak: Array) -> Array:
+def _below_or_impossible(x: Array, peak: Array) -> Array:
     """Of logits, x − m: −inf at −inf, and beside +inf or the largest number."""
     largest = float(jnp.finfo(peak.dtype).max)
     # The difference is 0 or at least an ulp of the largest number, so the product is 0 or infinite.
@@ -70,11 +70,11 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     x, q, kept = residuals
     g, axis = cotangents[0][..., None], (x.ndim - 1,)
 
-    def of_likely(x: Array, peak: Array, g: Array, q: Array) -> Array:
+    def of_likely(x: Array, g: Array, q: Array) -> Array:
         return -g * q.astype(g.dtype)
 
-    def of_possible(x: Array, peak: Array, g: Array, q: Array) -> Array:
-        return of_likely(x, peak, g, q) * is_possible(x)  # as in log_softmax: the log p of a logit of −inf is constant
+    def of_possible(x: Array, g: Array, q: Array) -> Array:
+        return of_likely(x, g, q) * is_possible(x)  # as in log_softmax: the log p of a logit of −inf is constant
 
     def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
         return jax.checkpoint(lambda x, g, q: without_mean(cotangent, x, None, None, axis, g, q), prevent_cse=False)

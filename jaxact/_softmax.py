@@ -33,7 +33,6 @@ from jaxact._exponentials import (
     certain,
     divided_by_total,
     exponentials,
-    finite,
     if_dominated,
     is_possible,
     maximum_and_total,
@@ -68,8 +67,8 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
         ValueError: if `axis` is out of range or named twice, `where` does not broadcast, `temperature` is not positive.
 
     Derivative:
-        x̄ = y ⊙ (ȳ − ⟨ȳ, y⟩)/T and T̄ = −Σ x̄ log y. Reverse mode keeps `y`; for float16 it keeps `x`,
-        since a small `y` has few digits there, or none.
+        x̄ = y ⊙ (ȳ − ⟨ȳ, y⟩)/T and T̄ = −Σ x̄ log y. Reverse mode keeps `y`, and the mask; for float16 it keeps `x`
+        instead, since a small `y` has few digits there, or none.
 
     Numerics:
         At most 6 ulp in float32 at logit scale 30 and T = 1; there the gradient is within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each
@@ -114,14 +113,14 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
 
     Our own exponential takes less time than XLA's, but not in what is then `summed`.
     """
-    if all(x.shape[a] == 1 for a in axis):
+    if t is None and all(x.shape[a] == 1 for a in axis):
         # One class takes everything, exactly: e·(1/e), as XLA divides, can round to less than 1.
         return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
 
     divides = _divides(x, t, axis, summed)
 
     def about_maximum(x: Array, _: Any) -> Array:
-        sums, e = maximum_and_total(x, t, axis)
+        sums, _, e = maximum_and_total(x, t, axis)
         return (divided_by_total if divides else over_total)(e, sums.total, axis).astype(x.dtype)
 
     # XLA has more than one exponential on CPU, and we have ours: beside a sum of another, one may exceed the whole.
@@ -166,7 +165,7 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
     if t is None:
         return z.astype(dtype), None, None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.
-    log_y = jnp.where(y > 0, jnp.log(jnp.where(y > 0, y, 1)), 0)
+    log_y = jnp.log(jnp.where(y > 0, y, 1))
     return (z / t).astype(dtype), -jnp.sum(z * log_y) / t, None
 
 
@@ -194,8 +193,8 @@ def log_softmax(
         ValueError: if `axis` is out of range or named twice, `where` does not broadcast, `temperature` is not positive.
 
     Derivative:
-        x̄ = (ȳ − p Σ ȳ)/T with p = softmax(x/T), and T̄ = −Σ x̄ log p. A finite cotangent of a result that is −inf because
-        its logit is counts as 0. Reverse mode keeps `x`, and up to three numbers for each row.
+        x̄ = (ȳ − p Σ ȳ)/T with p = softmax(x/T), and T̄ = −Σ x̄ log p. Where a logit is −inf, a finite ȳ counts as 0.
+        Reverse mode keeps `x`, up to three numbers for each row, and the mask.
 
     Numerics:
         At most 12 ulp in float32 at logit scale 30, however near 0 the result: log1p of the other classes' sum and not
@@ -251,7 +250,7 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
     g = cotangents[0]
 
-    def of_possible(x: Array, peak: Array, g: Array) -> Array:
+    def of_possible(x: Array, g: Array) -> Array:
         return widen(g) * is_possible(x)  # a result of −inf is constant
 
     v = without_mean(of_possible, x, t, sums, axis, g)
@@ -269,7 +268,7 @@ _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 def without_mean(
     cotangent: Callable[..., Array], x: Array, t: Array | None, sums: RowSums | None, axis: Axes, *operands: Array
 ) -> Array:
-    """ȳ − p Σ ȳ, with ȳ = `cotangent(x, peak, *operands)` for wide logits x; in the dtype of x if t is None.
+    """ȳ − p Σ ȳ, with ȳ = `cotangent(x, *operands)` for wide logits x; in the dtype of x if t is None.
 
     `sums` are None where all is done at once (`at_once`).
 
@@ -278,8 +277,7 @@ def without_mean(
     result = x.dtype if t is None else widen(x).dtype
 
     # At a class that has more than half, ȳ − p Σ ȳ cancels, and nothing is left of 1 − p where p rounds to 1.
-    def once(p: Array, x: Array, peak: Array, operands: Any) -> Array:
-        g = cotangent(x, peak, *operands)
+    def once(p: Array, g: Array) -> Array:
         return g - p * spread(sum_over(g, axis), axis)
 
     if sums is None:
@@ -288,19 +286,19 @@ def without_mean(
         # In one kernel, all of it again: what another has found would part this one, hence the barrier.
         x = widen(lax.optimization_barrier(x))
         p = certain(_softmax(x, t, None, axis, True))
-        v = once(p, x, lax.stop_gradient(finite(maximum(x, axis))), operands)
+        v = once(p, cotangent(x, *operands))
         return (v - p * spread(sum_over(v, axis), axis)).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def quick(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
         p = _softmax(x, t, Sums(sums.peak, sums.total), axis, True)
-        return once(p, x, sums.peak, operands).astype(result)
+        return once(p, cotangent(x, *operands)).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        p, g = _softmax(x, t, Sums(sums.peak, sums.total), axis, True), cotangent(x, sums.peak, *operands)
+        p, g = _softmax(x, t, Sums(sums.peak, sums.total), axis, True), cotangent(x, *operands)
         # There it is ȳ (1 − p) − p Σ of the others' ȳ, and the others' share of the sum is known.
         is_other = jnp.maximum(
             but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)

@@ -81,7 +81,8 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
         [0.6931]
     """
     _, exists = label_index(y, max(z.shape[1], 2), None)
-    return jnp.where(exists, softplus(log_odds_against(z, y)), jnp.nan)
+    # As a factor nan reaches the gradient too.
+    return softplus(log_odds_against(z * jnp.where(exists, 1, jnp.nan)[:, None], y))
 
 
 def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Array, "..."]:
@@ -211,8 +212,8 @@ def train_twins(
         the gap between them. Arithmetic is in the dtype of `jnp.asarray(x)`: float64 needs `jax_enable_x64`.
 
     Raises:
-        ValueError: if `x` or `y` has the wrong shape, no rows, nan or infinite features, labels other than 0 and 1 or
-            only one of them; if `steps` < 1, or `learning_rate` or `weight_decay` is out of range.
+        ValueError: if `x` or `y` has the wrong shape or dtype, no rows, nan or infinite features, labels other than 0
+            and 1 or only one of them; if `steps` < 1, or `learning_rate` or `weight_decay` is out of range.
         TypeError: if an argument is not of the type above.
 
     Example:

@@ -125,10 +125,45 @@ def test_a_mask_is_an_array(f: Any) -> None:
             f(X, where=mask)
 
 
+MASKED: dict[str, Any] = {
+    "softmax": jaxact.softmax,
+    "log_softmax": jaxact.log_softmax,
+    "logsumexp": lambda x, where: jaxact.logsumexp(x, -1, where=where),
+    "logsumexp with weights": lambda x, where: jaxact.logsumexp(x, -1, 2 * X, where=where),
+    "integer labels": lambda x, where: integer_loss(x, Y, where=where),
+    "binary": lambda x, where: losses.sigmoid_binary_cross_entropy(x, X, where=where),
+    "focal": lambda x, where: losses.sigmoid_focal_loss(x, X, where=where),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_reverse_mode_keeps_of_a_mask_the_mask(name: str) -> None:
+    def kept(where: Any) -> int:
+        _, pull = jax.vjp(lambda x: MASKED[name](x, where=where), X)
+        return sum(a.nbytes for a in jax.tree.leaves(pull))
+
+    mask = jnp.arange(6)[None] != 1
+    assert kept(mask) <= kept(None) + mask.nbytes
+
+
 @pytest.mark.parametrize(("dtype", "label", "classes"), [("uint8", 200, 300), ("uint8", 7, 256), ("int8", 100, 150)])
 def test_the_classifiers_take_narrow_labels(dtype: str, label: int, classes: int) -> None:
     loss = jax.jit(classifiers.cross_entropy)(np.zeros((1, classes), np.float32), np.array([label], dtype))
     np.testing.assert_allclose(loss, np.log(classes), rtol=4 * 2.0**-24)
+
+
+@pytest.mark.parametrize("logits", [1, 2, 3])
+def test_a_label_that_no_class_has_is_nan_in_the_gradient_too(logits: int) -> None:
+    z, y = jnp.ones((2, logits)), np.array([1, 3])
+    gradient = jax.grad(lambda z: jnp.nansum(classifiers.cross_entropy(z, y)))(z)
+    assert np.isnan(classifiers.cross_entropy(z, y)).tolist() == [False, True]
+    assert not np.isnan(gradient[0]).any()
+    assert np.isnan(gradient[1]).all()
+
+
+def test_an_option_that_no_float_holds() -> None:
+    with pytest.raises(TypeError, match="temperature must be a real number, got 1000"):
+        jaxact.softmax(X, temperature=10**400)
 
 
 def test_features_that_float32_does_not_hold() -> None:

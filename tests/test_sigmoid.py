@@ -183,6 +183,9 @@ def test_python_scalars_stay_weak(name: str) -> None:
     assert f(0.5).dtype == jnp.float32
     assert (f(0.5) * x).dtype == jnp.bfloat16
     assert (jax.grad(f)(0.5) * x).dtype == jnp.bfloat16
+    several = jnp.full(2, 0.5)
+    assert (f(several) * x).dtype == jnp.bfloat16
+    assert (jax.grad(lambda x: f(x).sum())(several) * x).dtype == jnp.bfloat16
     assert not f(np.float32(0.5)).weak_type
 
 

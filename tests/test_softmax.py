@@ -517,9 +517,12 @@ def test_temperature_limits() -> None:
         np.asarray(jaxact.softmax(x, temperature=1e30)), 1 / 3, rtol=2 * 2**-23
     )  # three roundings
     assert jax.grad(lambda t: jaxact.softmax(x[0], temperature=t)[0])(1e-6) == 0
-    traced = jax.jit(lambda t: [f(x, temperature=t) for f in (jaxact.softmax, jaxact.log_softmax)])
+    one_class = x[:, :1]
+    traced = jax.jit(lambda x, t: [f(x, temperature=t) for f in (jaxact.softmax, jaxact.log_softmax)])
     for bad in (0.0, -1.0, NAN):
-        assert np.isnan(traced(bad)).all()
+        assert np.isnan(traced(x, bad)).all()
+        assert np.isnan(traced(one_class, bad)).all()
+    assert np.asarray(traced(one_class, 0.3)).tolist() == [[[1], [1]], [[0], [0]]]
 
 
 @BOTH

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxact._canonical import (
     as_float,
     broadcast,
-    canonical_scalar,
+    canonical_smoothing,
     compute_dtype,
     masked,
     require_array,
@@ -49,8 +49,9 @@ def sigmoid_binary_cross_entropy(
         ValueError: if shapes do not fit or an option is out of its range.
 
     Derivative:
-        (1 − y) σ(x) − pos_weight·y·σ(−x); of y, −x, or pos_weight·softplus(−x) − softplus(x). Reverse mode keeps
-        `logits`, and `labels` in the shape of the logits and in float32 or wider.
+        (1 − y) σ(x) − pos_weight·y·σ(−x); of y, −x, or pos_weight·softplus(−x) − softplus(x); of pos_weight,
+        y·softplus(−x). Reverse mode keeps `logits`, `labels` and `pos_weight` in the shape of the logits and in float32
+        or wider, and the mask.
 
     Numerics:
         At most 4 ulp for y = 0 and 1, the derivative too: no 1 − σ(x) is formed. Right at ±inf, where 0·inf would be
@@ -67,7 +68,7 @@ def sigmoid_binary_cross_entropy(
     References:
         optax issue 431: nan at ±inf.
     """
-    e = canonical_scalar("label_smoothing", label_smoothing, lambda e: 0 <= e <= 1, "in [0, 1]", nothing=0)
+    e = canonical_smoothing(label_smoothing)
     require_array("logits", logits)
     require_arrays(pos_weight=pos_weight, where=where)
     return _binary_cross_entropy_of_any(logits, require_array("labels", labels), pos_weight, e, where)
@@ -85,19 +86,19 @@ def _binary_cross_entropy_of_any(
     y = label_probability(labels, x, where)
     if smoothing is not None:
         y = y + jnp.asarray(smoothing, y.dtype) * (0.5 - y)
-    weight = (
-        None
-        if pos_weight is None
-        else masked(broadcast("pos_weight", pos_weight, x.shape, "logits").astype(y.dtype), where, 1)
-    )
-    loss = binary_cross_entropy(*alike(x, y, weight))
-    return loss if where is None else masked(loss, where, 0)
+    weight = None if pos_weight is None else like_logits("pos_weight", pos_weight, x, where, 1)
+    return masked(binary_cross_entropy(*alike(x, y, weight)), where, 0)
 
 
 def label_probability(labels: ArrayLike, x: Array, where: ArrayLike | None) -> Array:
     """The labels of logits `x` in the dtype to compute in; nan outside [0, 1]."""
-    y = masked(broadcast("labels", labels, x.shape, "logits").astype(compute_dtype(x.dtype)), where, 0)
+    y = like_logits("labels", labels, x, where, 0)
     return jnp.where(y * (1 - y) >= 0, y, jnp.nan)
+
+
+def like_logits(name: str, value: ArrayLike, x: Array, where: ArrayLike | None, fill: float) -> Array:
+    """What stands beside logits `x`: in their shape and the dtype to compute in, `fill` where masked."""
+    return masked(broadcast(name, value, x.shape, "logits").astype(compute_dtype(x.dtype)), where, fill)
 
 
 @forward_mode

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, broadcast, canonical_scalar, masked, require_array, require_arrays, widen
+from jaxact._canonical import as_float, canonical_scalar, masked, require_array, require_arrays, widen
 from jaxact._classes import alike, vary, varying
 from jaxact._elementary import exp_and_rest, exp_of_sum, log, log1p_and_rest
 from jaxact._error_free import two_product, two_sum
 from jaxact._forward_mode import forward_mode
 from jaxact._options import times
 from jaxact._sigmoid import sigmoid, softplus
-from jaxact.losses._binary_cross_entropy import binary_cross_entropy, label_probability
+from jaxact.losses._binary_cross_entropy import binary_cross_entropy, label_probability, like_logits
 
 
 def sigmoid_focal_loss(
@@ -49,7 +49,7 @@ def sigmoid_focal_loss(
 
     Derivative:
         α_t (1 − p_t)^γ (γ (1 − 2y) σ′(x)/(1 − p_t) · BCE + BCE′): for y = 0 and 1 both terms have one sign. Reverse
-        mode keeps `logits`, and `labels` in the shape of the logits and in float32 or wider.
+        mode keeps `logits`, `labels` and `alpha` in the shape of the logits and in float32 or wider, and the mask.
 
     Numerics:
         For y = 0 and 1 and γ ≤ 5 within 4 ulp of where x(1 ± u) puts the loss, which changes by a factor of up to
@@ -75,10 +75,10 @@ def _focal_of_any(
 ) -> Array:
     x = masked(as_float("logits", logits), where, 0)
     y = label_probability(labels, x, where)
-    a = None if alpha is None else masked(broadcast("alpha", alpha, x.shape, "logits").astype(y.dtype), where, 0)
+    a = None if alpha is None else like_logits("alpha", alpha, x, where, 0)
     x, y, a = alike(x, y, a)
     loss = _focal_loss(x, y, a, vary(jnp.asarray(gamma, y.dtype), varying(x)))
-    return loss if where is None else masked(loss, where, 0)
+    return masked(loss, where, 0)
 
 
 def _share(y: Array, alpha: Array | None) -> Array | float:

@@ -29,6 +29,7 @@ from jaxact._classes import (
     as_divided,
     as_row,
     at_index,
+    integer_labels,
     label_index,
     not_ignored,
     static_axis_name,
@@ -80,16 +81,17 @@ def softmax_cross_entropy_with_integer_labels(
 
     Returns:
         One loss per label, in float32 for 16-bit logits. 0 for examples that do not count and where no class is left;
-        +inf where the label's class is masked or has logit −inf; nan for a label that is out of range.
+        +inf where the label's class is masked or has logit −inf, or another's is +inf; nan for a label that is out of
+        range.
 
     Raises:
         TypeError: if `logits` is complex, `labels` or `axis` not integer, `where` not boolean.
         ValueError: if shapes do not fit, `axis` is out of range, or an option that is not traced is out of its range.
 
     Derivative:
-        (1 − ε) w_y (p − 1[y]) + ε/K (p Σ w − w) + 2·z_loss·(log Σ e^z) p, where the entry at the label is minus the sum
-        of the others and not p_y − 1. Reverse mode keeps `logits`, and of each example four numbers, with a
-        temperature five, and whether its label exists.
+        Of z, (1 − ε) w_y (p − 1[y]) + ε/K (p Σ w − w) + 2·z_loss·(log Σ e^z) p, where the entry at the label is minus
+        the sum of the others and not p_y − 1. Reverse mode keeps `logits`, and of each example four numbers, with a
+        temperature five, and whether its label exists; with a mask that too.
 
     Numerics:
         log1p of the sum over all classes but the label's. So the loss keeps its digits when it is small: with logits
@@ -128,13 +130,7 @@ def _of_integers(
     axis_name: AxisName,
 ) -> Array:
     x, live = _rows(as_float("logits", logits), where, axis)
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
-    if labels.shape != x.shape[:-1]:
-        raise ValueError(
-            f"labels must have the shape of logits without axis {axis}, {x.shape[:-1]}, got {labels.shape}."
-        )
+    labels = integer_labels(labels, x.shape[:-1], f"logits without axis {axis}")
     if ignore_index is not None:
         live = not_ignored(labels, ignore_index) if live is None else live & not_ignored(labels, ignore_index)
     dtype = compute_dtype(x.dtype)
@@ -155,7 +151,7 @@ def _of_integers(
     if label_weight is not None:
         label_weight = as_divided(label_weight, rows.nll)
     loss = _nan_unless(exists if live is None else exists | ~live, options.combine(rows, label_weight))
-    return _counted(loss, live)
+    return masked(loss, live, 0)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)  # what is kept is the condition, and not the factor
@@ -177,10 +173,6 @@ def _rows(x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array |
     else:
         x = masked(x, where, -math.inf, "logits")
     return x.transpose(batch + axes).reshape(*shape, math.prod(x.shape[a] for a in axes)), live
-
-
-def _counted(loss: Array, live: Array | None) -> Array:
-    return loss if live is None else jnp.where(live, loss, 0)
 
 
 def softmax_cross_entropy(
@@ -215,17 +207,18 @@ def softmax_cross_entropy(
 
     Returns:
         One loss per example, in float32 for 16-bit logits. 0 for examples that do not count and where no class is left;
-        +inf where a label is positive and its class has logit −inf. Masked classes take no part, labels included.
+        +inf where a label is positive and its class has logit −inf, or another's is +inf or the largest number. Masked
+        classes take no part, labels included.
 
     Raises:
         TypeError: if `logits` or `labels` is complex, `axis` not integer, `where` not boolean.
         ValueError: if shapes do not fit, `axis` is out of range, or an option that is not traced is out of its range.
 
     Derivative:
-        p Σ q − q with q the smoothed and weighted labels of the classes that exist; of the labels, −w log p, and 0
-        where a class is impossible, because its logit is −inf or another's +inf.
+        Of z, p Σ q − q + 2·z_loss·(log Σ e^z) p with q the smoothed and weighted labels of the classes that exist; of
+        the labels, −(1 − ε) w log p, and 0 where a class is impossible, because its logit is −inf or another's +inf.
         Reverse mode keeps `logits` and `labels` as they are, and up to three numbers for each example; with a mask or
-        options q instead of `labels`, and adjusted logits in float32.
+        options q instead of `labels`, adjusted logits in float32, and the mask.
 
     Numerics:
         The distance of each logit from the maximum, and log1p of the sum over all classes but one at the maximum. Of
@@ -258,7 +251,7 @@ def _of_probabilities(
     # A masked class leaves no trace, its label included.
     q, _ = _rows(labels if live is not None else masked(labels, where, 0), None, axis)
     if live is not None:
-        x, q = jnp.where(live[..., None], x, 0), jnp.where(live[..., None], q, 0)
+        x, q = (masked(a, live[..., None], 0) for a in (x, q))
     dtype = compute_dtype(x.dtype)
     options = options.in_dtype(dtype)
     adjust = options.adjustment_about_maximum(x, live, Classes())
@@ -273,4 +266,4 @@ def _of_probabilities(
     loss, _ = soft_losses(*alike(z, q))
     if options.z_loss is not None:
         loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1) + adjust.shift))
-    return _counted(loss, live)
+    return masked(loss, live, 0)
