@@ -82,6 +82,21 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     return Shift(peak, by, jnp.maximum(1 - jnp.floor(jnp.maximum(peak / (UNSHIFTED + 1), 0)), 2.0**-32))
 
 
+def shift_of_sum(peak: Array, t: Array | None, count: int) -> Shift:
+    """The shift, without a factor, for which the sum of `count` exponentials does not overflow; its reciprocal may.
+
+    A negative m is rounded, and not down: so e^{m − s} times the least normal number is at most the distance of m from
+    the number before it, however small that is.
+    """
+    if t is not None:
+        return Shift(peak, peak, jnp.ones_like(peak))
+    info = jnp.finfo(peak.dtype)
+    eps, tiny = float(info.eps), float(info.tiny)
+    most = min(math.log(eps / tiny), math.log(float(info.max)) - math.log(max(count, 1)) - 1)
+    far = jnp.minimum(peak * (1 + 8 * eps) - (math.floor(most) - 1), peak)  # lifted, as above
+    return Shift(peak, jnp.floor(jnp.maximum(far, jnp.minimum(peak, 0) + 0.5)), jnp.ones_like(peak))
+
+
 def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Callable[[Array], Array] = jnp.exp) -> Array:
     top, by, factor = (spread(a, axis) for a in shift)
     # The minimum changes nothing but +inf. It keeps XLA from contracting the multiplication in `softmax(a * x)` with
@@ -149,12 +164,15 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
     if class_by_class(x, axis):
         others = sum_but_largest(lambda a: exponentials(a, shift, t, ()), wide, axis)
         return RowSums(peak, others + exponentials(top, shift, t, ()), others / at_peak)
-    e = exponentials(wide, shift, t, axis)
-    weight, count = but_maximum(wide, peak, axis), class_count(x, axis)
-    others = jnp.sum(e * weight, axis) / 2
-    # Exact: whole numbers up to 2²⁴ are. Of more classes, or an unknown number of them, the ties alone are summed.
-    ties = count - jnp.sum(weight, axis) / 2 if count <= 2**24 else jnp.sum(2 - weight, axis) / 2
-    return RowSums(peak, others + ties * at_peak, others / at_peak + jnp.maximum(ties - 1, 0))
+    bare = shift_of_sum(peak, t, class_count(x, axis))
+    at_bare = exponentials(peak, bare, t, ())
+    e = exponentials(wide, bare, t, axis)
+    # 0 where the maximum is attained. Elsewhere the distance from it is at least e times the least normal number.
+    but_largest = jnp.minimum(e, lax.stop_gradient(below(peak, wide, axis)) / -float(jnp.finfo(peak.dtype).tiny))
+    total, others = jnp.sum(e, axis), jnp.sum(but_largest, axis)
+    # A whole number but for rounding; where that exceeds a half, the total is rounded by as much.
+    ties = jnp.floor((total - others) / at_bare + 0.5)
+    return RowSums(peak, total * (at_peak / at_bare), others / at_bare + jnp.maximum(ties - 1, 0))
 
 
 def but_maximum(x: Array, peak: Array, axis: Axes) -> Array:

@@ -139,13 +139,16 @@ def _softmax(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: b
 
 
 def _divides(x: Array, t: Array | None, axis: Axes, summed: bool) -> bool:
-    """Whether what takes everything is exactly 1, by a division: its time is won back in the derivative.
-
-    What the forward pass has divided, the backward pass need not make `certain`: both ask here.
-    """
+    """Whether what takes everything is exactly 1, by a division. Its time is won back where none need be `certain`."""
     if at_once(x, axis):
-        return class_by_class(x, axis) and not summed
+        # Of few classes the value has it for little. In one kernel it takes less time than `certain`.
+        return class_by_class(x, axis) != summed
     return t is not None or summed or size(x) < 2**17
+
+
+def _certain(y: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
+    """Probabilities for a derivative, of which what takes everything is 1."""
+    return y if _divides(y, t, axis, summed) else certain(y)
 
 
 def _softmax_fwd(x: Array, t: Array | None, sums: Sums | None, axis: Axes, summed: bool) -> Any:
@@ -160,7 +163,7 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
     kept, t = residuals
     dtype = kept.dtype
     y = _softmax(widen(kept), t, None, axis, summed) if dtype == jnp.float16 else widen(kept)
-    y = y if _divides(y, t, axis, summed) else certain(y)
+    y = _certain(y, t, axis, summed)
     z = times_jacobian(y, widen(g), lambda a: spread(sum_over(a, axis), axis))
     if t is None:
         return z.astype(dtype), None, None
@@ -285,7 +288,7 @@ def without_mean(
         # lost to rounding at the largest probability is Σ v, and the second time takes it off.
         # In one kernel, all of it again: what another has found would part this one, hence the barrier.
         x = widen(lax.optimization_barrier(x))
-        p = certain(_softmax(x, t, None, axis, True))
+        p = _certain(_softmax(x, t, None, axis, True), t, axis, True)
         v = once(p, cotangent(x, *operands))
         return (v - p * spread(sum_over(v, axis), axis)).astype(result)
 

@@ -125,6 +125,27 @@ def test_special_values_in_many_rows(rows: int, padding: int) -> None:
     assert (abs(got[finite] - want[finite]) <= 3 * 2.0**-24 * size + 2.0**-126).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [20, 200])
+def test_ties_with_the_maximum_and_what_is_next_to_it(count: int, dtype: str, x64: None) -> None:
+    # Maxima of every size, each beside its equals, the number before it, that less the least normal number, and others.
+    info = np.finfo(dtype)
+    tops = np.array(
+        [s * f * 2.0**k for k in range(info.minexp, info.maxexp) for s in (1, -1) for f in (1, 1.03)], dtype
+    )
+    tops = np.resize(np.append(tops, np.arange(50, 100, 0.37).astype(dtype)), 4608)
+    before = np.minimum(np.nextafter(tops, -info.max), tops - info.tiny)  # subnormal numbers are flushed
+    rng = np.random.default_rng(0)
+    kinds = np.stack([tops, before, np.minimum(before, before - 3 * info.tiny), tops - 17, tops - 400], -1)
+    x = np.take_along_axis(kinds, rng.integers(0, 5, (len(tops), count)), -1)
+    x[::2] = before[::2, None]
+    x[:, 3] = tops
+    wide = x.astype(np.longdouble)
+    d = wide - tops[:, None]
+    others = np.exp(np.delete(d, 3, 1)).sum(1)
+    assert test_softmax.ulps(jaxact.log_softmax(x), d - np.log1p(others)[:, None], dtype) <= 12  # as in test_softmax.py
+
+
 @pytest.mark.parametrize("ties", [1, 2])
 def test_more_classes_than_float32_can_count(ties: int) -> None:
     # The impossible class has no label: the loss is then formed anew, from the number of classes at the maximum.
