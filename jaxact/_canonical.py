@@ -82,6 +82,12 @@ def static_axis(axis: Any) -> Axis:
         raise TypeError(f"axis must be an int, a tuple of ints or None, got {axis!r}.") from None
 
 
+def wider(a: Any, b: Any) -> Any:
+    """The wider of two dtypes. It is asked for: JAX may be told not to promote by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
 def canonical_axis(axis: Axis, ndim: int) -> tuple[int, ...]:
     """`axis` as a sorted tuple of distinct axes in [0, ndim); None means all."""
     if axis is None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxact._canonical import wider
 from jaxact._classes import AxisName, Classes, as_row, at_index, vary, varying
 from jaxact._cross_entropy import entropy, entropy_cotangent, label_losses, logit_cotangent, predicted
 from jaxact._forward_mode import forward_mode, of_perturbed
@@ -32,7 +33,7 @@ class How(NamedTuple):
 
     def product(self, a: Array, b: Array, over_a: int, over_b: int) -> Array:
         """The sum over one axis of each, accumulated."""
-        dtype = jnp.promote_types(self.accum_dtype, a.dtype)
+        dtype = wider(self.accum_dtype, a.dtype)
         dimensions = (((over_a,), (over_b,)), ((), ()))
         return lax.dot_general(a, b, dimensions, precision=self.precision, preferred_element_type=dtype)
 
@@ -210,7 +211,7 @@ def _accumulators(how: How, operands: Operands, tokens: Tokens, g: Rows | None, 
     operands = operands._replace(options=jax.tree.map(vary, operands.options, axes.options))
 
     def zeros(a: Array, m: bool, axes: frozenset[Any]) -> Array | None:
-        dtype = jnp.promote_types(how.accum_dtype, jnp.result_type(a))
+        dtype = wider(how.accum_dtype, jnp.result_type(a))
         return vary(jnp.zeros(jnp.shape(a), dtype), axes) if m else None
 
     return operands, jax.tree.map(zeros, operands, perturbed, axes)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxact._canonical import wider
 from jaxact._reductions import maximum, sum_over
 
 AxisName = Any  # of a mesh axis, or several
@@ -74,7 +75,7 @@ def label_index(labels: Array, classes: int, axis_name: AxisName) -> tuple[Array
     count = classes if axis_name is None else classes * lax.axis_size(axis_name)
     # A narrow or unsigned dtype holds neither the count nor a difference. (4 bits are promoted with nothing.)
     narrow = jnp.iinfo(labels.dtype).bits < 32
-    wide = labels.astype(jnp.int32 if narrow else jnp.promote_types(labels.dtype, jnp.int32))
+    wide = labels.astype(jnp.int32 if narrow else wider(labels.dtype, jnp.int32))
     exists = (wide >= 0) & (wide < count)
     return jnp.where(exists, wide, 0).astype(jnp.int32) - first, exists
 

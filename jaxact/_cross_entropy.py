@@ -250,6 +250,8 @@ def predicted(z: Array, classes: Classes) -> Array:
     """The first class with the largest logit."""
     z = lax.stop_gradient(z)  # a maximum over devices has no derivative
     largest = z >= classes.max(z)
+    if not z.shape[-1]:
+        return jnp.zeros(z.shape[:-1], int)
     place = jnp.argmax(largest, -1)  # of numbers, it takes XLA for CPU five times as long
     if classes.axis_name is None:
         return place

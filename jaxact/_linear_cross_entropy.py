@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, require_array, require_arrays
+from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, require_array, require_arrays, wider
 from jaxact._chunks import How, Operands, Tokens, attached, sweep, weighted, weighted_total
 from jaxact._classes import AxisName, at_index, integer_labels, label_index, not_ignored, static_axis_name
 from jaxact._options import Options
@@ -77,7 +77,7 @@ def linear_cross_entropy(
             where that is 0; "sum"; or "none" for the loss of each token.
         chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or somewhat less than
             the gradient of `w` takes if that is more. Second derivatives of "mean" and "sum" take a quarter of it.
-            Where the entropy is differentiated there are up to six arrays of that size.
+            Where the entropy is differentiated there are up to six arrays of that size. 1 where shapes are symbolic.
         accum_dtype: float32 or float64, what the products and the gradient of `w` are accumulated in; never narrower
             than `x`.
         precision: of the products, as for `jax.numpy.matmul`.
@@ -160,9 +160,13 @@ def _of_any(
         raise ValueError(f"x must have shape (..., D) and w {wanted}, got {x.shape} and {w.shape}.")
     if x.dtype != w.dtype:
         raise TypeError(f"x and w must have one dtype, got {x.dtype} and {w.dtype}: cast the one you mean to.")
+    if how.chunk != 1 and not all(isinstance(d, int) for d in (*x.shape[:-1], *(() if how.chunk else w.shape))):
+        raise ValueError(
+            f"chunk must be 1 where shapes are symbolic, got {how.chunk or 'auto'!r} with {x.shape} and {w.shape}."
+        )
     shape = x.shape[:-1]
     labels = integer_labels(labels, shape, "x without its last axis")
-    dtype = jnp.promote_types(how.accum_dtype, x.dtype)
+    dtype = wider(how.accum_dtype, x.dtype)
     if bias is not None:
         bias = as_float("bias", bias)
         if bias.shape != (vocabulary,):

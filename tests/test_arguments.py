@@ -27,8 +27,8 @@ CALLS: dict[str, Any] = {
     "soft labels with options": lambda x: dense_loss(x, x / 6, where=x > 0, **ALL),
     "binary": lambda x: losses.sigmoid_binary_cross_entropy(x, x, pos_weight=x[0]),
     "focal": lambda x: losses.sigmoid_focal_loss(x, x, 0.25, x[0, 0]),
-    "head": lambda x: jaxact.linear_cross_entropy(x, W, Y, bias=W[0]),
-    "head with options": lambda x: jaxact.linear_cross_entropy(x, W, Y, **ALL | {"class_weight": W[0]}),
+    "head": lambda x: jaxact.linear_cross_entropy(x, W.astype(x.dtype), Y, bias=W[0]),
+    "head with options": lambda x: jaxact.linear_cross_entropy(x, W.astype(x.dtype), Y, **ALL | {"class_weight": W[0]}),
 }
 
 
@@ -40,6 +40,17 @@ def test_ranks_are_promoted_explicitly(name: str) -> None:
     with jax.numpy_rank_promotion("raise"):
         # Forward over reverse has what the rule does too. Nothing need be computed.
         jax.eval_shape(lambda x: jax.jvp(jax.grad(total), (x,), (x,)), X)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dtypes_are_promoted_explicitly(name: str) -> None:
+    def total(x: Any) -> Any:
+        return CALLS[name](x).sum()
+
+    with jax.numpy_dtype_promotion("strict"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            x = X.astype(dtype)
+            jax.eval_shape(lambda x: jax.jvp(jax.grad(total), (x,), (x,)), x)  # as above
 
 
 NUMBERS = [2.0, 2, True, np.arange(3), np.array([True, False, True]), np.ones(3, "float16"), np.ones(3, "float32")]
@@ -154,7 +165,7 @@ def test_the_classifiers_take_narrow_labels(dtype: str, label: int, classes: int
 
 @pytest.mark.parametrize("logits", [1, 2, 3])
 def test_a_label_that_no_class_has_is_nan_in_the_gradient_too(logits: int) -> None:
-    z, y = jnp.ones((2, logits)), np.array([1, 3])
+    z, y = jnp.ones((2, logits)), jnp.array([1, 3])
     gradient = jax.grad(lambda z: jnp.nansum(classifiers.cross_entropy(z, y)))(z)
     assert np.isnan(classifiers.cross_entropy(z, y)).tolist() == [False, True]
     assert not np.isnan(gradient[0]).any()

@@ -60,6 +60,9 @@ def test_no_tokens_and_one_class(reduction: str) -> None:
         assert not any(np.asarray(a).any() for a in run(X, **given, reduction=reduction))
     value, x_bar, w_bar = run(X[:0], labels=Y[:0], reduction=reduction)
     assert (value.shape, x_bar.shape) == (() if reduction == "mean" else (0,), (0, D))
+    _, aux = jaxact.linear_cross_entropy(X, W[:, :0], Y, return_aux=True)
+    assert aux.predicted.tolist() == [0] * N  # no class is predicted, and none is a label
+    assert not np.asarray(aux.correct).any()
     alone = run(X, W[:, :1], np.zeros(N, int), reduction=reduction)
     assert not any(np.asarray(a).any() for a in (value, w_bar, *alone))
 
