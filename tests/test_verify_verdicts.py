@@ -9,7 +9,7 @@ import pytest
 from jax.custom_batching import custom_vmap
 
 import jaxact
-from jaxact import verify
+from jaxact import losses, verify
 
 X = jnp.linspace(-2.0, 2.0, 5)
 
@@ -43,6 +43,49 @@ def test_differences_of_a_numpy_reference_are_not_overruled(f: Any) -> None:
     assert report.verdict == "inconclusive", str(report)
     assert "reference in NumPy, sin" in report.facts["oracle"]
     assert brief(f, x, reference=jnp.sin).verdict == ("refuted" if f is series else "verified")
+
+
+def product_of_positive(x: Any, y: Any) -> Any:
+    """xy for y ≥ 0, nan below; at 0 by a program that has another derivative."""
+    return jnp.where(y == 0, 0 * x + 0.3 * y, jnp.where(y < 0, jnp.nan, x * y))
+
+
+def test_at_the_end_of_a_domain_the_side_within_counts() -> None:
+    x, y = jnp.array([0.5, 1.0, 2.0]), jnp.zeros(3)
+
+    def ruled(slope: Any) -> Any:
+        return with_rule(
+            product_of_positive,
+            lambda x, y: (product_of_positive(x, y), (x, y)),
+            lambda xy, g: (g * xy[1], g * slope(*xy)),
+        )
+
+    assert brief(ruled(lambda x, y: x), x, y).verdict == "verified"
+    assert brief(ruled(lambda x, y: jnp.where(y == 0, 0.3, x)), x, y).verdict == "refuted"
+    hard = jnp.array([0.0, 1.0, 0.0])
+    assert brief(losses.sigmoid_binary_cross_entropy, x, hard).verdict == "verified"
+    assert brief(lambda x, y: losses.sigmoid_binary_cross_entropy(x, y).mean(), x, hard).verdict == "verified"
+    assert brief(losses.sigmoid_focal_loss, jnp.linspace(-2.0, 2.0, 6), jnp.ones(6)).verdict != "refuted"
+
+
+def test_random_numbers_of_another_dtype_are_another_function() -> None:
+    key = jax.random.key(0)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32) * jnp.logspace(-3, 1, 64)
+    programs: list[Any] = [
+        (lambda x: jax.nn.softmax(x + jax.random.gumbel(key, x.shape)), jnp.linspace(-1.0, 1.0, 8)),
+        (lambda x: jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0), x),
+    ]
+    for f, at in programs:
+        report = brief(f, at)
+        assert report.verdict == "inconclusive", str(report)
+        assert "in float64 f computes something else" in report.reasons[0]
+
+
+def test_whole_numbers_do_not_round() -> None:
+    # How far the oracle may be off is measured by rounding otherwise; a label that moves is no label.
+    x, labels = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32), jnp.arange(6) % 5
+    report = brief(losses.softmax_cross_entropy_with_integer_labels, x, labels)
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize(

@@ -16,27 +16,37 @@ class Differences(NamedTuple):
 
 
 def along(values: Callable[[np.ndarray], np.ndarray], x: np.ndarray, v: np.ndarray) -> Differences:
-    """The derivative of `values` at x along v.
-
-    Richardson extrapolation in Ridders' manner: of all entries of the table the one whose neighbours differ least, each
-    with the rounding of its differences added.
-    """
+    """The derivative of `values` at x along v; to one side where they are not finite on the other."""
     steps = 2.0 ** -np.arange(3, 13)
     found = values(np.concatenate([x[None], *(x + sign * steps[:, None] * v for sign in (1, -1))]))
     value, above, below = found[0], found[1 : 1 + len(steps)], found[1 + len(steps) :]
     with np.errstate(all="ignore"):
-        row = (above - below) / (2 * steps[:, None])
-        rounding = (2.0**-51 * np.maximum(np.abs(above), np.abs(below)) + 2.0**-50 * np.abs(row)) / steps[:, None]
-        best, bar = row[-1], np.full(len(value), np.inf)
-        for order in range(1, 6):
-            finer = row[1:] + (row[1:] - row[:-1]) / (4.0**order - 1)
-            error = np.maximum(np.abs(finer - row[1:]), np.abs(finer - row[:-1])) + rounding[order:]
-            error = np.where(np.isfinite(error), error, np.inf)
-            at = np.argmin(error, axis=0), np.arange(len(value))
-            better = error[at] < bar
-            best, bar = np.where(better, finer[at], best), np.where(better, error[at], bar)
-            row = finer
-    return Differences(value, best, bar, _kink(value, above[-3:], below[-3:]))
+        slope, bar = _extrapolated(above, below, steps, power=2)
+        for side, step in (above, steps), (below, -steps):
+            one_sided, its_bar = _extrapolated(side, np.broadcast_to(value, side.shape), step / 2, power=1)
+            edge = ~np.isfinite(bar)
+            slope, bar = np.where(edge, one_sided, slope), np.where(edge, its_bar, bar)
+    return Differences(value, slope, bar, _kink(value, above[-3:], below[-3:]))
+
+
+def _extrapolated(above: np.ndarray, below: np.ndarray, steps: np.ndarray, power: int) -> tuple[np.ndarray, np.ndarray]:
+    """The limit of (above − below)/(2·step), whose error is a series in step^power, and how far it may be off.
+
+    Richardson extrapolation in Ridders' manner: of all entries of the table the one whose neighbours differ least, each
+    with the rounding of its differences added.
+    """
+    row = (above - below) / (2 * steps[:, None])
+    rounding = (2.0**-51 * np.maximum(np.abs(above), np.abs(below)) + 2.0**-50 * np.abs(row)) / np.abs(steps[:, None])
+    best, bar = row[-1], np.full(row.shape[1], np.inf)
+    for order in range(1, 6):
+        finer = row[1:] + (row[1:] - row[:-1]) / (2.0 ** (power * order) - 1)
+        error = np.maximum(np.abs(finer - row[1:]), np.abs(finer - row[:-1])) + rounding[order:]
+        error = np.where(np.isfinite(error), error, np.inf)
+        at = np.argmin(error, axis=0), np.arange(row.shape[1])
+        better = error[at] < bar
+        best, bar = np.where(better, finer[at], best), np.where(better, error[at], bar)
+        row = finer
+    return best, bar
 
 
 def _kink(value: np.ndarray, above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -147,7 +147,7 @@ def _slope(mpmath: Any, changes: list[Any], width: Any, rounding: Any) -> float:
     """The slope, from what f changes by over a step and over half of it to both sides; nan at a kink or a jump."""
     above, below, half_above, half_below = changes
     if not all(map(mpmath.isfinite, changes)):
-        return float("nan")
+        return _one_sided(mpmath, changes, width, rounding)
     odd, even, small = (above - below) / 2, (above + below) / 2, mpmath.mpf(10) ** -15
     half_odd, half_even = half_above - half_below, (half_above + half_below) / 2
     # Of a smooth function the even part is curvature, and falls to a quarter; at a kink it falls to a half.
@@ -157,6 +157,18 @@ def _slope(mpmath: Any, changes: list[Any], width: Any, rounding: Any) -> float:
         return float(odd / width)
     # The odd part of an extremum is of third order, or rounding; that of a jump does not fall at all.
     return 0.0 if abs(odd) <= rounding or abs(half_odd) <= 0.3 * abs(odd) else float("nan")
+
+
+def _one_sided(mpmath: Any, changes: list[Any], width: Any, rounding: Any) -> float:
+    """The slope at the end of where f is finite; nan at a jump, or if it is finite on neither side."""
+    above, below, half_above, half_below = changes
+    for whole, half, step in (above, half_above, width), (below, half_below, -width):
+        if mpmath.isfinite(whole) and mpmath.isfinite(half):
+            slope, finer = whole / step, 2 * half / step
+            if abs(finer - slope) <= mpmath.mpf(10) ** -15 * abs(finer):
+                return float(2 * finer - slope)
+            return 0.0 if abs(whole) <= rounding else float("nan")
+    return float("nan")
 
 
 def _values(problem: Problem, program: Any, x: np.ndarray, digits: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxact.verify._differences import along
+from jaxact.verify._differences import Differences, along
 from jaxact.verify._jacobian import (
     Jacobian,
     Layout,
@@ -85,7 +85,7 @@ def is_elementwise(problem: Problem, rng: np.random.Generator) -> bool:
 def find_oracle(
     problem: Problem, reference: Any, derivative: Any, bound: float, rng: np.random.Generator, elementwise: bool = False
 ) -> Oracle:
-    """The best oracle that can be had. `elementwise`: the Jacobian is known to be diagonal."""
+    """The best oracle that can be had. `elementwise`: a sweep, whose Jacobian is known to be diagonal."""
     with np.errstate(all="ignore"):
         return _find_oracle(problem, reference, derivative, bound, rng, elementwise)
 
@@ -110,8 +110,10 @@ def _find_oracle(
     other = np.zeros(problem.m, bool) if kind != "f" or value is None else _another(problem.value(), value, problem)
     if not other.any():
         return found
-    doubt = "in float64 f computes something else"
-    return dataclasses.replace(found, credible=found.credible & ~other, doubt=doubt, another=True)
+    # What is large shows it, and what is small may be something else too. Not so in a sweep of all magnitudes, where an
+    # input may be rounded inside by more than what f does to it.
+    credible = found.credible & ~other if elementwise else np.zeros(problem.m, bool)
+    return dataclasses.replace(found, credible=credible, doubt="in float64 f computes something else", another=True)
 
 
 def _of_program(
@@ -288,17 +290,41 @@ def _against_differences(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which outputs' derivatives agree with differences in random directions, how well those know a 0, and values."""
     credible, zero_error = np.ones(problem.m, bool), np.zeros(problem.m)
-    scale = np.where(problem.x == 0, 2.0**-10, np.abs(problem.x))[layout.columns]
-    for _ in range(2):
+    x = problem.x[layout.columns]
+    scale = np.where(x == 0, 2.0**-10, np.where(np.isfinite(x), np.abs(x), 0))
+    inward = np.zeros(len(scale))
+
+    def measured() -> tuple[np.ndarray, Differences]:
         v = np.zeros(problem.n)
-        v[layout.columns] = scale * rng.choice([-1.0, 1.0], len(scale)) * rng.uniform(0.5, 1, len(scale))
-        value, difference, bar, kink = along(values, problem.x, v)
+        signs = np.where(inward == 0, rng.choice([-1.0, 1.0], len(scale)), inward)
+        v[layout.columns] = scale * signs * rng.uniform(0.5, 1, len(scale))
+        return v, along(values, problem.x, v)
+
+    for _ in range(2):
+        v, (value, difference, bar, kink) = measured()
+        if (np.isfinite(value) & ~np.isfinite(bar)).any() and not inward.any():
+            inward = _inward(problem, layout, values, scale)
+            v, (value, difference, bar, kink) = measured()
         with np.errstate(all="ignore"):
             u, slack = v[layout.columns], np.abs(jacobian.forward) * 2.0**-36 + 8 * doubted.forward
             expected = u * jacobian.forward if slack.ndim == 1 else u @ jacobian.forward
             allowed = 8 * bar + (np.abs(u) * slack if slack.ndim == 1 else np.abs(u) @ slack)
-            # Where the function is not finite around, differences say nothing.
-            credible &= (np.abs(difference - expected) <= allowed) & ~kink | ~np.isfinite(difference)
-            per_input = bar / (scale if layout.elementwise else scale.min())
+            # Where the function is not finite, differences say nothing.
+            credible &= (np.abs(difference - expected) <= allowed) & ~kink | ~np.isfinite(value)
+            per_input = bar / (scale if layout.elementwise else scale[scale > 0].min(initial=np.inf))
         zero_error = np.maximum(zero_error, np.nan_to_num(per_input, nan=np.inf, posinf=np.inf))
     return credible, zero_error, value
+
+
+def _inward(problem: Problem, layout: Layout, values: Values, scale: np.ndarray) -> np.ndarray:
+    """To which side of each input the function is finite, where it is not on both: 1, −1, or 0."""
+    x, step = problem.x, np.zeros(problem.n)
+    step[layout.columns] = 2.0**-12 * scale  # the least of `along`
+    if layout.elementwise:
+        up, down = np.isfinite(values(np.stack([x + step, x - step])))
+    elif problem.n * len(scale) <= FULL:
+        steps, there = np.diag(step)[layout.columns], np.isfinite(values(x[None]))
+        up, down = ((np.isfinite(values(x + s)) | ~there).all(1) for s in (steps, -steps))
+    else:
+        return np.zeros(len(scale))
+    return up.astype(float) - down.astype(float)

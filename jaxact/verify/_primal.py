@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
+
+from jaxact._error_free import two_product, two_sum
 
 # The parameter that holds what a call computes.
 _CALLS = {
@@ -28,6 +31,19 @@ _EXACT = {
 }  # fmt: skip
 
 
+def _lost(operation: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], Any]:
+    """What an error-free transformation says is lost. Behind a barrier, or XLA may find that it is nothing."""
+    return lambda a, b: lax.stop_gradient(operation(*lax.optimization_barrier((a, b)))[1])
+
+
+# Whether these round can be told.
+_LOST = {
+    "add": _lost(two_sum),
+    "sub": _lost(lambda a, b: two_sum(a, -b)),
+    "mul": _lost(two_product),
+}
+
+
 def without_rules(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` with every `jax.custom_jvp` and `jax.custom_vjp` replaced by its primal, inside loops and branches too."""
     return _evaluated(f, None)
@@ -36,14 +52,18 @@ def without_rules(f: Callable[..., Any]) -> Callable[..., Any]:
 def perturbed(f: Callable[..., Any], signs: Any) -> Callable[..., Any]:
     """`f` with what each operation rounds off by a unit of float64 in the direction of the next of `signs`.
 
-    How far the result moves tells how much of it is rounding: Monte Carlo arithmetic.
+    How far the result moves tells how much of it is rounding: Monte Carlo arithmetic. What has not rounded is left as
+    it is, such as the place of a class that is compared to a label.
     """
     count = itertools.count()
 
-    def nudge(primitive: str, y: Any) -> Any:
+    def nudge(primitive: str, inputs: list[Any], y: Any) -> Any:
         if primitive in _EXACT or not jnp.issubdtype(jnp.result_type(y), jnp.floating):
             return y
-        return y * (1 + 2.0**-52 * signs[next(count) % len(signs)]).astype(y.dtype)
+        if primitive == "convert_element_type" and not jnp.issubdtype(jnp.result_type(*inputs), jnp.floating):
+            return y
+        nudged = y * (1 + 2.0**-52 * signs[next(count) % len(signs)]).astype(y.dtype)
+        return nudged if primitive not in _LOST else jnp.where(_LOST[primitive](*inputs) == 0, y, nudged)
 
     return _evaluated(f, nudge)
 
@@ -71,7 +91,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], after: Any
         else:
             outputs = equation.primitive.bind(*inputs, **{k: _strip(v) for k, v in equation.params.items()})
             outputs = outputs if equation.primitive.multiple_results else [outputs]
-            outputs = outputs if after is None else [after(equation.primitive.name, y) for y in outputs]
+            outputs = outputs if after is None else [after(equation.primitive.name, inputs, y) for y in outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 

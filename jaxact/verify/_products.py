@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxact.verify import _diagnosis as diagnosis
 from jaxact.verify._compare import Comparison, Verdicts
-from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Findings, first_line
+from jaxact.verify._report import INCONCLUSIVE, REFUTED, UNKNOWN, VERIFIED, Findings, first_line
 
 ONE_HOT = 1024  # one-hot vectors at most
 
@@ -74,10 +74,10 @@ def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Find
         findings.add(name, REFUTED, f"{wrong} of {size} elements are off in {count} products")
     elif open_ones or doubtful:
         unknown = f"{open_ones} of {size} elements" if open_ones else f"{doubtful} of {problem.m} outputs"
-        findings.add(name, INCONCLUSIVE, f"the oracle does not know {unknown}")
+        findings.add(name, INCONCLUSIVE, f"{UNKNOWN} {unknown}")
         why = oracle.doubt or "its own error is not well below the bound"
-        if not any(r.startswith("the oracle does not know") for r in findings.reasons):
-            findings.reasons.append(f"the oracle does not know {unknown}: {why}; give reference= or derivative=")
+        if not any(r.startswith(UNKNOWN) for r in findings.reasons):
+            findings.reasons.append(f"{UNKNOWN} {unknown}: {why}; give reference= or derivative=")
     else:
         worst = verdicts.worst_in_units(problem.unit)
         detail = f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 VERIFIED, REFUTED, INCONCLUSIVE = "verified", "refuted", "inconclusive"
+UNKNOWN = "the oracle does not know"  # how a reason begins that says why there is no verdict
 ABSENT = "absent"  # of a check: there was nothing to check
 
 

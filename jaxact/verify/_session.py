@@ -20,6 +20,7 @@ from jaxact.verify._report import (
     ABSENT,
     INCONCLUSIVE,
     REFUTED,
+    UNKNOWN,
     VERIFIED,
     Check,
     Findings,
@@ -94,7 +95,9 @@ class Session:
             **({"nan and ±inf in a batch": self.special} if self.special else {}),
             "seed": self.seed,
         }
-        checks, reasons = tuple(findings.checks), tuple(findings.reasons)
+        refuted = findings.verdict == REFUTED  # what is wrong before what is not known
+        reasons = tuple(sorted(findings.reasons, key=lambda r: refuted and r.startswith(UNKNOWN)))
+        checks = tuple(findings.checks)
         return Report(subject, findings.verdict, checks, reasons, facts, findings.witness)
 
     def _residual_bytes(self) -> Any:
