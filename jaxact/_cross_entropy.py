@@ -22,7 +22,7 @@ from jaxact._reductions import class_count
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
-    shift, at_label, others = sums
+    shift, at_label, others, _ = sums
     # Of −log p_y = (c − z_y) + log(Σ e^{z − c}) both terms are positive or 0. Where c = z_y, 1 drops out of the sum.
     empty = at_label + others == 0
     log_total = jnp.where(empty, 0, jnp.log1p(others + (at_label - 1)))

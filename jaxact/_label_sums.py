@@ -18,10 +18,10 @@ from jaxact._options import Adjustment
 
 
 class Total(NamedTuple):
-    """Σ e^{z − c} of a row's logits z; arrays of the row's shape with one class."""
+    """Σ e^{z − s} of a row's logits z; arrays of the row's shape with one class."""
 
-    shift: Array  # c, finite
-    sum: Array  # at least 1, but for a row in which no class is left: there it would be 0
+    shift: Array  # s, finite
+    sum: Array  # positive, also where no class is left
 
 
 class LabelSums(NamedTuple):
@@ -30,10 +30,7 @@ class LabelSums(NamedTuple):
     shift: Array  # c, finite, such that e^{zⱼ − c} is in range
     at_label: Array  # e^{z_y − c}
     others: Array  # Σ e^{zⱼ − c} over the classes j ≠ y
-
-    @property
-    def total(self) -> Total:
-        return Total(self.shift, jnp.maximum(self.at_label + self.others, 1))
+    total: Total
 
 
 FAR = 2.0**100  # times the number of classes, it does not overflow
@@ -119,6 +116,15 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     return jnp.sum(but_label(across, place), -1, keepdims=True) + at_place
 
 
+def _whole_shift(c: Array, least: Array | float) -> Array:
+    """A whole number s, so that to subtract it rounds little (see `shift_about`), for which e^{c − s} is at most `FAR`.
+
+    The inverse of a sum of 2²⁶ of them is a normal number still.
+    """
+    far = jnp.minimum(c * (1 + 8 * float(jnp.finfo(c.dtype).eps)) - 68, c)  # lifted, as there
+    return jnp.floor(jnp.maximum(far, least))
+
+
 def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
     """z_y, as it was rounded for the sums, and these. Rows that are not `live` do not matter and may hold anything.
 
@@ -126,21 +132,30 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
     """
     z_y = label_logit(x, adjust, y, classes)
 
-    def about_label(x: Array, y: Array, z_y: Array, others: Array) -> tuple[Array, LabelSums]:
-        return z_y, LabelSums(finite(z_y), jnp.ones_like(z_y), others)
+    def about_label(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
+        c = finite(z_y)
+        shift = _whole_shift(c, 0)
+        total = Total(shift, others * jnp.exp(-shift) + jnp.exp(c - shift))
+        return z_y, LabelSums(c, jnp.ones_like(z_y), about_z_y, total)
 
-    def about_maximum(x: Array, y: Array, z_y: Array, others: Array) -> tuple[Array, LabelSums]:
+    def about_maximum(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
         z = adjust(x)
         peak = finite(classes.max(z))
+        whole = _whole_shift(peak, jnp.minimum(peak, 0))
+        at_peak = jnp.exp(peak - whole)
         # The minimum changes +inf alone.
-        others = classes.sum(but_label(jnp.exp(at_most(peak, z) - peak), y))
+        others = classes.sum(but_label(jnp.exp(at_most(peak, z) - whole), y)) / at_peak
         # Where no other class attains the maximum, the label's logit is that. A cap may have been rounded otherwise
         # alone than in a row: XLA for CPU has more than one tanh.
         z_y = jnp.where(jnp.isfinite(z_y) & ~undominated(others), peak, z_y)
-        return z_y, LabelSums(peak, jnp.exp(at_most(peak, z_y) - peak), others)
+        at_label = jnp.exp(at_most(peak, z_y) - peak)
+        both = jnp.maximum(at_label + others, 1)
+        # The entropy, which is asked for where memory counts, needs them about the maximum.
+        total = Total(peak, both) if classes.lean else Total(whole, both * at_peak)
+        return z_y, LabelSums(peak, at_label, others, total)
 
     if classes.lean:
-        return about_maximum(x, y, z_y, z_y)
+        return about_maximum(x, y, z_y, z_y, z_y)
     # To sum the exponentials as they are takes no maximum and rounds no logit. Divided by the label's they are what is
     # wanted, unless they overflow, or so little is left that what was flushed counts.
     others = _others(x, adjust, y, classes)
@@ -150,4 +165,4 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
     in_range = (others > 2.0**-80) & (others < FAR) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
     if live is not None:
         in_range |= ~live[..., None]
-    return unless_all(in_range, about_maximum, about_label, x, y, z_y, about_z_y)
+    return unless_all(in_range, about_maximum, about_label, x, y, z_y, others, about_z_y)
