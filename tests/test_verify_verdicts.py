@@ -62,10 +62,9 @@ def test_at_the_end_of_a_domain_the_side_within_counts() -> None:
 
     assert brief(ruled(lambda x, y: x), x, y).verdict == "verified"
     assert brief(ruled(lambda x, y: jnp.where(y == 0, 0.3, x)), x, y).verdict == "refuted"
+    # Of all arguments at once a random direction leads out of the domain.
     hard = jnp.array([0.0, 1.0, 0.0])
-    assert brief(losses.sigmoid_binary_cross_entropy, x, hard).verdict == "verified"
     assert brief(lambda x, y: losses.sigmoid_binary_cross_entropy(x, y).mean(), x, hard).verdict == "verified"
-    assert brief(losses.sigmoid_focal_loss, jnp.linspace(-2.0, 2.0, 6), jnp.ones(6)).verdict != "refuted"
 
 
 def test_random_numbers_of_another_dtype_are_another_function() -> None:
