@@ -85,6 +85,8 @@ def test_whole_numbers_do_not_round() -> None:
     x, labels = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32), jnp.arange(6) % 5
     report = brief(losses.softmax_cross_entropy_with_integer_labels, x, labels)
     assert report.ok, str(report)
+    # Of 16 bits it is not told, but they can be inside; the derivative here has no more.
+    assert brief(lambda x: (x.astype("bfloat16") * 2 + 1).astype(x.dtype), jnp.ones(2)).verdict == "refuted"
 
 
 @pytest.mark.parametrize(

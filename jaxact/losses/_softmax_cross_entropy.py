@@ -95,9 +95,10 @@ def softmax_cross_entropy_with_integer_labels(
 
     Numerics:
         log1p of the sum over all classes but the label's. So the loss keeps its digits when it is small: with logits
-        [20, 0] and label 0 it is 2.06e-9, where log Σ e^z − z_y gives 0. At most 6 ulp at any logit scale, and the
-        gradient within 16·u of each entry, as hardly a logit is rounded when it is shifted; but a class whose logit is
-        87 or more (708 in float64) below the label's is lost. Held by `tests/test_losses.py`.
+        [20, 0] and label 0 it is 2.06e-9, where log Σ e^z − z_y gives 0. Of z, which temperature and cap round, it has
+        at most 6 ulp at any scale, and its gradient 16·u of each entry, as hardly a logit is rounded when it is
+        shifted; but a class whose logit is 87 or more (708 in float64) below the label's is lost. Held by
+        `tests/test_losses.py`.
 
     Example:
         >>> import jax, jax.numpy as jnp
