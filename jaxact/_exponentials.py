@@ -55,6 +55,14 @@ class RowSums(NamedTuple):
 UNSHIFTED = 63.0  # a maximum between 0 and this needs neither a shift nor a factor
 
 
+def whole_shift(peak: Array, room: float, least: Array | float) -> Array:
+    """The least whole number from `least` on that a maximum m exceeds by no more than `room`; a large m itself."""
+    # Lifted, since a large m less the room is rounded, and to a number that may be much further below m than that: by
+    # m·eps, at most, which 8 times it outweighs.
+    lifted = peak * (1 + 8 * float(jnp.finfo(peak.dtype).eps))
+    return jnp.floor(jnp.maximum(jnp.minimum(lifted - room, peak), least))
+
+
 def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     """The shift for which neither the sum of `count` exponentials nor its reciprocal overflows.
 
@@ -70,10 +78,7 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     # Of few classes all may be as large as the largest, and the reciprocal of their sum is a normal number still. For
     # more, that would leave less room, and cost digits.
     most = -math.log(float(info.tiny)) - math.log(max(count, 1)) if few else math.log(float(info.max)) - 1
-    # Lifted, since a large m less the room is rounded, and to a number that may be much further below m than that: by
-    # m·eps, at most, which 8 times it outweighs.
-    lifted = peak * (1 + 8 * float(info.eps))
-    by = jnp.floor(jnp.minimum(jnp.maximum(lifted - (math.floor(most) - 1), jnp.minimum(peak, 0)), peak))
+    by = whole_shift(peak, math.floor(most) - 1, jnp.minimum(peak, 0))
     if few:
         return Shift(peak, by, jnp.ones_like(peak))
     # A larger maximum makes the sum of all larger still. Multiplied by this, the exponentials of 2³¹ classes do not
@@ -91,10 +96,9 @@ def shift_of_sum(peak: Array, t: Array | None, count: int) -> Shift:
     if t is not None:
         return Shift(peak, peak, jnp.ones_like(peak))
     info = jnp.finfo(peak.dtype)
-    eps, tiny = float(info.eps), float(info.tiny)
-    most = min(math.log(eps / tiny), math.log(float(info.max)) - math.log(max(count, 1)) - 1)
-    far = jnp.minimum(peak * (1 + 8 * eps) - (math.floor(most) - 1), peak)  # lifted, as above
-    return Shift(peak, jnp.floor(jnp.maximum(far, jnp.minimum(peak, 0) + 0.5)), jnp.ones_like(peak))
+    most = min(math.log(float(info.eps) / float(info.tiny)), math.log(float(info.max)) - math.log(max(count, 1)) - 1)
+    by = whole_shift(peak, math.floor(most) - 1, jnp.minimum(peak, 0) + 0.5)
+    return Shift(peak, by, jnp.ones_like(peak))
 
 
 def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Callable[[Array], Array] = jnp.exp) -> Array:

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_row
 from jaxact._elementary import exp
-from jaxact._exponentials import at_most, finite, undominated, unless_all
+from jaxact._exponentials import at_most, finite, undominated, unless_all, whole_shift
 from jaxact._options import Adjustment
 
 
@@ -34,6 +34,7 @@ class LabelSums(NamedTuple):
 
 
 FAR = 2.0**100  # times the number of classes, it does not overflow
+ROOM = 68.0  # e^{ROOM + 1} is below `FAR`, and the inverse of a sum of 2²⁶ of them a normal number
 
 
 def but_label(e: Array, y: Array) -> Array:
@@ -116,15 +117,6 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     return jnp.sum(but_label(across, place), -1, keepdims=True) + at_place
 
 
-def _whole_shift(c: Array, least: Array | float) -> Array:
-    """A whole number s, so that to subtract it rounds little (see `shift_about`), for which e^{c − s} is at most `FAR`.
-
-    The inverse of a sum of 2²⁶ of them is a normal number still.
-    """
-    far = jnp.minimum(c * (1 + 8 * float(jnp.finfo(c.dtype).eps)) - 68, c)  # lifted, as there
-    return jnp.floor(jnp.maximum(far, least))
-
-
 def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
     """z_y, as it was rounded for the sums, and these. Rows that are not `live` do not matter and may hold anything.
 
@@ -134,14 +126,14 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
 
     def about_label(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
         c = finite(z_y)
-        shift = _whole_shift(c, 0)
+        shift = whole_shift(c, ROOM, 0)
         total = Total(shift, others * jnp.exp(-shift) + jnp.exp(c - shift))
         return z_y, LabelSums(c, jnp.ones_like(z_y), about_z_y, total)
 
     def about_maximum(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
         z = adjust(x)
         peak = finite(classes.max(z))
-        whole = _whole_shift(peak, jnp.minimum(peak, 0))
+        whole = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
         at_peak = jnp.exp(peak - whole)
         # The minimum changes +inf alone.
         others = classes.sum(but_label(jnp.exp(at_most(peak, z) - whole), y)) / at_peak
