@@ -76,7 +76,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
         entry) or ȳ has a large common offset.
         Both rest on XLA's sum of a row. On CPU it adds up to 32 numbers one after another in arrays of less than 2¹⁵,
         and where all but one of them are just too small to count, as in [16.6, 0, 0, …], it is off by up to 60 u.
-        16-bit types are computed in float32 and rounded once. Held by `tests/test_softmax.py`.
+        16-bit types are computed in float32 and rounded once. Held by `tests/test_softmax*.py`.
 
     Example:
         >>> import jax.numpy as jnp, jaxact
@@ -204,7 +204,7 @@ def log_softmax(
         the log of the whole.
         The gradient is within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element at that scale and within 10 at any, the pushforward,
         which ends in a sum, within 20, but for the sums that `softmax` speaks of. 16-bit types are computed in float32
-        and rounded once. Held by `tests/test_softmax.py`.
+        and rounded once. Held by `tests/test_softmax*.py`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxact

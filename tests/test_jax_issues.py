@@ -157,7 +157,8 @@ def test_jax_23842_masked_entries_far_above_the_rest(nn: Any, name: str) -> None
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_jax_13529_gradients_at_ties_in_bfloat16(nn: Any, name: str, dtype: str) -> None:
     # Equal logits, as at the start of a training: by symmetry the gradient of one entry is the same at all the others,
-    # and the entries sum to 0 up to the error of each: 4 u in bfloat16, some 8 u to 16 u in float32 (test_softmax.py).
+    # and the entries sum to 0 up to the error of each: 4 u in bfloat16, some 8 u to 16 u in float32
+    # (test_softmax_derivatives.py).
     u = {"float32": 12 * 2.0**-24, "bfloat16": 4 * 2.0**-8}[dtype]
     pull = jax.jit(lambda x, g: jax.vjp(getattr(nn, name), x)[1](g)[0])
     for count in (2, 3, 7, 100, 1000):

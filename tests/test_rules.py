@@ -93,9 +93,9 @@ SOME = [("log_softmax", "float32", "reverse"), ("softmax", "float64", "forward")
 def test_second_derivatives_are_verified(name: str, dtype: str, inner: str) -> None:
     """In both modes, of the derivative by the `inner` mode along a random vector v."""
     # Beside the diagonal softmax's is −pᵢpⱼ(uᵢ + uⱼ) with u = v − ⟨v, p⟩, which cancels where uᵢ ≈ −uⱼ: in the third of
-    # ROWS by a factor of 120 for one such v. test_softmax.py measures it by its terms. Logsumexp's is the derivative of
-    # softmax along v·g: where XLA contracts that product with what is subtracted from it, digits are lost in a row that
-    # leaves less than 1e-10 to the other classes.
+    # ROWS by a factor of 120 for one such v. test_softmax_derivatives.py measures it by its terms. Logsumexp's is the
+    # derivative of softmax along v·g: where XLA contracts that product with what is subtracted from it, digits are lost
+    # in a row that leaves less than 1e-10 to the other classes.
     x = rounded(POINTS.get(name, ROWS if name == "log_softmax" else MILD), dtype)
     bound = SECOND.get(name, 8.0)
     report = verify.rule(
