@@ -10,6 +10,7 @@ import numpy as np
 from jaxact.verify import _exact
 from jaxact.verify._problem import Problem, plain_products, ravel, unravel
 
+FULL = 2**21  # entries up to which a Jacobian is looked at as a whole
 WORK = 600_000  # operations in mpmath that a Jacobian may take: a few seconds
 
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxact.verify._differences import Differences, along
+from jaxact.verify._agreement import agreement
 from jaxact.verify._jacobian import (
+    FULL,
     Jacobian,
     Layout,
     Source,
@@ -28,8 +29,7 @@ from jaxact.verify._problem import Problem
 from jaxact.verify._reference import Values, jax_values, kind_of, numpy_values
 from jaxact.verify._report import name_of
 
-# Up to this many entries the whole Jacobian is checked, beyond it this many of its rows and columns.
-FULL, SAMPLED = 2**21, 64
+SAMPLED = 64  # so many rows and columns of a Jacobian that is not looked at as a whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _of_program(
         return Oracle(of, name, False, layout, nothing, nothing, [nothing], unknown, why), None
     doubted = _rounding(problem, program, layout, jacobian, rng)
     values = numpy_values(problem, reference) if kind == "numpy" else jax_values(problem, program)
-    credible, zero_error, value = _against_differences(problem, layout, jacobian, doubted, values, rng)
+    credible, zero_error, value = agreement(problem, layout, jacobian, doubted, values, rng)
     narrow = kind == "f" and _narrow_inside(problem)
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
     inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(layout, jacobian).any()
@@ -144,7 +144,7 @@ def _of_program(
             name = f"{of_reference if kind == 'jax' else 'what f computes'}, in mpmath"
             oracle = _exactly(problem, kind, name, layout, exactly, moved)
             if kind == "numpy":  # what f computes need not be what it should
-                agreed, *_ = _against_differences(problem, layout, oracle.jacobian, oracle.error, values, rng)
+                agreed, *_ = agreement(problem, layout, oracle.jacobian, oracle.error, values, rng)
                 known = oracle.credible & agreed
                 doubt = oracle.doubt if known.all() else "what f computes and differences of the reference disagree"
                 name = f"reference in NumPy, {name_of(reference)}, by differences, and {name}"
@@ -283,48 +283,3 @@ def _narrow_inside(problem: Problem) -> bool:
     with jax.enable_x64(True):
         flat = problem.spec.of_floats(problem.f, problem.others)
         return narrow(jax.make_jaxpr(flat)(*problem.leaves(problem.x, np.float64)).jaxpr)
-
-
-def _against_differences(
-    problem: Problem, layout: Layout, jacobian: Jacobian, doubted: Jacobian, values: Values, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which outputs' derivatives agree with differences in random directions, how well those know a 0, and values."""
-    credible, zero_error = np.ones(problem.m, bool), np.zeros(problem.m)
-    x = problem.x[layout.columns]
-    scale = np.where(x == 0, 2.0**-10, np.where(np.isfinite(x), np.abs(x), 0))
-    inward = np.zeros(len(scale))
-
-    def measured() -> tuple[np.ndarray, Differences]:
-        v = np.zeros(problem.n)
-        signs = np.where(inward == 0, rng.choice([-1.0, 1.0], len(scale)), inward)
-        v[layout.columns] = scale * signs * rng.uniform(0.5, 1, len(scale))
-        return v, along(values, problem.x, v)
-
-    for _ in range(2):
-        v, (value, difference, bar, kink) = measured()
-        if (np.isfinite(value) & ~np.isfinite(bar)).any() and not inward.any():
-            inward = _inward(problem, layout, values, scale)
-            v, (value, difference, bar, kink) = measured()
-        with np.errstate(all="ignore"):
-            u, slack = v[layout.columns], np.abs(jacobian.forward) * 2.0**-36 + 8 * doubted.forward
-            expected = u * jacobian.forward if slack.ndim == 1 else u @ jacobian.forward
-            allowed = 8 * bar + (np.abs(u) * slack if slack.ndim == 1 else np.abs(u) @ slack)
-            # Where the function is not finite, differences say nothing.
-            credible &= (np.abs(difference - expected) <= allowed) & ~kink | ~np.isfinite(value)
-            per_input = bar / (scale if layout.elementwise else scale[scale > 0].min(initial=np.inf))
-        zero_error = np.maximum(zero_error, np.nan_to_num(per_input, nan=np.inf, posinf=np.inf))
-    return credible, zero_error, value
-
-
-def _inward(problem: Problem, layout: Layout, values: Values, scale: np.ndarray) -> np.ndarray:
-    """To which side of each input the function is finite, where it is not on both: 1, −1, or 0."""
-    x, step = problem.x, np.zeros(problem.n)
-    step[layout.columns] = 2.0**-12 * scale  # the least of `along`
-    if layout.elementwise:
-        up, down = np.isfinite(values(np.stack([x + step, x - step])))
-    elif problem.n * len(scale) <= FULL:
-        steps, there = np.diag(step)[layout.columns], np.isfinite(values(x[None]))
-        up, down = ((np.isfinite(values(x + s)) | ~there).all(1) for s in (steps, -steps))
-    else:
-        return np.zeros(len(scale))
-    return up.astype(float) - down.astype(float)
