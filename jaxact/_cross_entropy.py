@@ -16,9 +16,9 @@ from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
 from jaxact._exponentials import below, but_maximum, certain, finite, times_jacobian, undominated
 from jaxact._forward_mode import forward_mode
-from jaxact._label_sums import LabelSums, Total, label_logit, label_sums, places_of
+from jaxact._label_sums import LabelSums, Total, at_labels, label_logit, label_sums, others_exponentials, places_of
 from jaxact._options import Adjustment, Losses
-from jaxact._reductions import class_count
+from jaxact._reductions import class_count, on_cpu
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
@@ -48,41 +48,66 @@ def _existing_weights(z: Array, weights: Array, classes: Classes) -> tuple[Array
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
 def label_losses(
-    classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
+    classes: Classes,
+    x: Array,
+    y: Array,
+    live: Array | None,
+    weights: Array | None,
+    adjust: Adjustment,
+    differentiated: bool = False,
 ) -> tuple[Losses, Total]:
     """The losses of logits `x` after adjustment, 0 where not live; and the sum they are made of, as a constant."""
-    z_y, sums = label_sums(x, adjust, y, live, classes)
+    shared = differentiated and _shares(x, weights, adjust, classes)
+    if shared:
+        x = _only_live(x, live)
+    z_y, sums = label_sums(x, adjust, y, live, classes, shared)
     losses = losses_of(adjust(x), z_y, sums, weights, classes)
     return losses if live is None else Losses(*(jnp.where(live, a, 0) for a in losses)), sums.total
 
 
+def _shares(x: Array, weights: Array | None, adjust: Adjustment, classes: Classes) -> bool:
+    """Whether a derivative uses the exponentials that are summed for the loss, and the label's entry is by itself.
+
+    So it is where the logits are not adjusted, and each row is on one device: on CPU, but for few classes.
+    """
+    as_given = x.dtype == compute_dtype(x.dtype) and weights is None and adjust.is_identity
+    local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
+    return as_given and local and not classes.lean and class_count(x, (x.ndim - 1,)) >= 2**5 and on_cpu()
+
+
+def _only_live(x: Array, live: Array | None) -> Array:
+    """The logits, 0 in rows that do not count. These may hold anything, and 0 times it would reach derivatives."""
+    return x if live is None else jnp.where(live[..., None], x, 0)
+
+
 def _label_losses_fwd(
-    classes: Classes, x: Array, y: Array, live: Array | None, weights: Array | None, adjust: Adjustment
+    classes: Classes,
+    x: Array,
+    y: Array,
+    live: Array | None,
+    weights: Array | None,
+    adjust: Adjustment,
+    differentiated: bool,
 ) -> Any:
-    losses, total = label_losses(classes, x, y, live, weights, adjust)
+    losses, total = label_losses(classes, x, y, live, weights, adjust, True)
     return (losses, total), (x, y, live, weights, adjust, losses.nll, total)
 
 
-def _label_losses_bwd(classes: Classes, residuals: Any, cotangents: Any) -> Any:
+def _label_losses_bwd(classes: Classes, differentiated: bool, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, total = residuals
-    # The label's entry is written afterwards where the result is then returned as it is, and each row on one device.
-    last = x.dtype == compute_dtype(x.dtype) and weights is None and adjust.is_identity
-    local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
-    apart = last and local and not classes.lean and class_count(x, (x.ndim - 1,)) >= 2**5
-    impossible = label_logit(x, adjust, y, classes) == -jnp.inf if apart else None  # the gather is that of the loss
-    if not classes.lean:
+    shared = _shares(x, weights, adjust, classes)
+    if not (classes.lean or shared):
         # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed. But in
         # second derivatives it then also keeps probabilities twice.
         x = lax.optimization_barrier(x)
-    if live is not None and not classes.lean:
-        # What does not count may hold anything, and 0 times it would reach second derivatives. (The head has left it
-        # out before.)
-        x = jnp.where(live[..., None], x, 0)
-        total = Total(*(jnp.where(live[..., None], a, 1) for a in total))
+    if not classes.lean:  # the head has left it out before
+        x = _only_live(x, live)
+        if live is not None and not shared:
+            total = Total(*(jnp.where(live[..., None], a, 1) for a in total))
     z, pull = jax.vjp(lambda x, adjust: adjust(x), x, adjust)
-    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, total, cotangents[0], classes, impossible)
+    z_bar, weights_bar = logit_cotangent(z, y, live, weights, nll, total, cotangents[0], classes, shared)
     if weights_bar is not None:
         if varying(weights_bar) != varying(weights):
             weights_bar = lax.psum(weights_bar, tuple(varying(weights_bar) - varying(weights)))
@@ -105,13 +130,9 @@ def logit_cotangent(
     total: Total,
     g: Losses,
     classes: Classes,
-    impossible: Array | None = None,
+    shared: bool = False,
 ) -> tuple[Array, Array | None]:
-    """The cotangents of the logits and of the weights.
-
-    To choose between the label's entry and the others takes a tenth of the kernel's time on CPU. To write it afterwards
-    takes none, if no other pass follows: so it is done where it is known which rows' label is `impossible`.
-    """
+    """The cotangents of the logits and of the weights; of the exponentials of the sum, where these are `shared`."""
     # ∂nll/∂z = p − 1[y], ∂lse/∂z = p and ∂uniform/∂z = (p Σw − w)/count.
     if live is not None:
         g = Losses(*(jnp.where(live, a, 0) for a in g))
@@ -120,12 +141,15 @@ def logit_cotangent(
         at_each, weight_sum, count = _existing_weights(z, weights, classes)
         g_each = g_uniform / count
         g_lse = g_lse + g_each * weight_sum
+    at_label = g_lse * jnp.exp(-nll) - g_nll * _complement(nll)
+    if shared:
+        p = _others_probabilities(classes, z, y, total)
+        impossible = label_logit(z, Adjustment(), y, classes) == -jnp.inf  # the gather is that of the loss
+        z_bar = jnp.where(p == 0, 0, (g_nll + g_lse) * p)
+        return at_labels(lax.scatter_add, z_bar, y, jnp.where(impossible, 0, at_label)), None
     p = _probabilities(classes, z, total)
     z_bar = (g_nll + g_lse) * p
-    at_label = g_lse * jnp.exp(-nll) - g_nll * _complement(nll)
     exists, weights_bar = z != -jnp.inf, None
-    if impossible is not None:
-        return _with(jnp.where(exists, z_bar, 0), y, jnp.where(impossible, 0, at_label)), None
     # Behind a barrier, or XLA would keep the distances of the sum.
     places = places_of(z)
     here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
@@ -138,15 +162,6 @@ def logit_cotangent(
         weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
     # What does not exist has no derivative, whatever its row's loss is.
     return jnp.where(exists, z_bar, 0), weights_bar
-
-
-def _with(z: Array, y: Array, at_label: Array) -> Array:
-    """`z` with another entry at each label."""
-    last, batch = (z.ndim - 1,), tuple(range(z.ndim - 1))
-    numbers = lax.ScatterDimensionNumbers((), last, last, batch, batch)
-    return lax.scatter(
-        z, y[..., None], at_label[..., 0], numbers, indices_are_sorted=True, unique_indices=True, mode="clip"
-    )
 
 
 @jax.custom_jvp
@@ -179,6 +194,27 @@ def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, Non
 
 
 _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _others_probabilities(classes: Classes, z: Array, y: Array, total: Total) -> Array:
+    """The probabilities, and 0 at the label: not behind a barrier, of the exponentials that were summed."""
+    e = others_exponentials(z, total.shift, y)
+    return jnp.where(e == 0, 0, e / total.sum)  # a sum of nan leaves alone what does not exist
+
+
+def _others_probabilities_fwd(classes: Classes, z: Array, y: Array, total: Total) -> Any:
+    return _others_probabilities(classes, z, y, total), (z, y, total)
+
+
+def _others_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
+    z, y, total = residuals
+    g = at_labels(lax.scatter, g, y, jnp.zeros_like(total.sum))
+    return times_jacobian(certain(_probabilities(classes, z, total)), g, classes.sum), None, None
+
+
+_others_probabilities.defvjp(_others_probabilities_fwd, _others_probabilities_bwd)
 
 
 @forward_mode

@@ -4,6 +4,7 @@ Rows have their classes on the last axis, whole or split over devices.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -117,10 +118,30 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     return jnp.sum(but_label(across, place), -1, keepdims=True) + at_place
 
 
-def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes) -> tuple[Array, LabelSums]:
+def others_exponentials(z: Array, shift: Array, y: Array) -> Array:
+    """e^{z − s}, and 0 at the label, where a derivative uses what is summed: so XLA finds it once and keeps it.
+
+    To write the 0 takes less time than three operations for every class.
+    """
+    # The minimum changes +inf alone, from which no shift can be taken.
+    return at_labels(lax.scatter, exp(jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift), y, jnp.zeros_like(shift))
+
+
+def at_labels(scatter: Callable[..., Array], z: Array, y: Array, updates: Array) -> Array:
+    """`scatter` at each label, for which there is one update."""
+    last, batch = (z.ndim - 1,), tuple(range(z.ndim - 1))
+    numbers = lax.ScatterDimensionNumbers((), last, last, batch, batch)
+    places, updates = y[..., None], updates[..., 0]
+    return scatter(z, places, updates, numbers, indices_are_sorted=True, unique_indices=True, mode="clip")
+
+
+def label_sums(
+    x: Array, adjust: Adjustment, y: Array, live: Array | None, classes: Classes, shared: bool
+) -> tuple[Array, LabelSums]:
     """z_y, as it was rounded for the sums, and these. Rows that are not `live` do not matter and may hold anything.
 
-    What a gather or a branch is given is written to memory: logits as they are, which may have 16 bits.
+    What a gather or a branch is given is written to memory: logits as they are, which may have 16 bits. `shared`:
+    whether a derivative follows, of rows whose exponentials are kept for it (`others_exponentials`).
     """
     z_y = label_logit(x, adjust, y, classes)
 
@@ -135,8 +156,11 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
         peak = finite(classes.max(z))
         whole = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
         at_peak = jnp.exp(peak - whole)
-        # The minimum changes +inf alone.
-        others = classes.sum(but_label(jnp.exp(at_most(peak, z) - whole), y)) / at_peak
+        if shared:
+            others = classes.sum(others_exponentials(z, whole, y)) / at_peak
+        else:
+            # The minimum changes +inf alone.
+            others = classes.sum(but_label(jnp.exp(at_most(peak, z) - whole), y)) / at_peak
         # Where no other class attains the maximum, the label's logit is that. A cap may have been rounded otherwise
         # alone than in a row: XLA for CPU has more than one tanh.
         z_y = jnp.where(jnp.isfinite(z_y) & ~undominated(others), peak, z_y)
@@ -146,7 +170,7 @@ def label_sums(x: Array, adjust: Adjustment, y: Array, live: Array | None, class
         total = Total(peak, both) if classes.lean else Total(whole, both * at_peak)
         return z_y, LabelSums(peak, at_label, others, total)
 
-    if classes.lean:
+    if classes.lean or shared:
         return about_maximum(x, y, z_y, z_y, z_y)
     # To sum the exponentials as they are takes no maximum and rounds no logit. Divided by the label's they are what is
     # wanted, unless they overflow, or so little is left that what was flushed counts.
