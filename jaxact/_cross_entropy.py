@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
-from jaxact._exponentials import below, but_maximum, certain, finite, times_jacobian, undominated
+from jaxact._exponentials import Total, below, but_maximum, certain, finite, shares, times_jacobian, undominated
 from jaxact._forward_mode import forward_mode
-from jaxact._label_sums import LabelSums, Total, at_labels, label_logit, label_sums, others_exponentials, places_of
+from jaxact._label_sums import LabelSums, at_labels, label_logit, label_sums, others_exponentials, places_of
 from jaxact._options import Adjustment, Losses
-from jaxact._reductions import class_count, on_cpu
+from jaxact._reductions import class_count
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
@@ -70,11 +69,12 @@ def label_losses(
 def _shares(x: Array, weights: Array | None, adjust: Adjustment, classes: Classes) -> bool:
     """Whether a derivative uses the exponentials that are summed for the loss, and the label's entry is by itself.
 
-    So it is where the logits are not adjusted, and each row is on one device: on CPU, but for few classes.
+    So it is where the logits are not adjusted, and each row is on one device; but for few classes.
     """
-    as_given = x.dtype == compute_dtype(x.dtype) and weights is None and adjust.is_identity
+    as_given = weights is None and adjust.is_identity and not classes.lean
     local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
-    return as_given and local and not classes.lean and class_count(x, (x.ndim - 1,)) >= 2**5 and on_cpu()
+    axis = (x.ndim - 1,)
+    return as_given and local and class_count(x, axis) >= 2**5 and shares(x, axis)
 
 
 def _only_live(x: Array, live: Array | None) -> Array:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._canonical import widen
+from jaxact._canonical import compute_dtype, widen
+from jaxact._elementary import exp
 from jaxact._reductions import (
     Axes,
     at_once,
@@ -52,7 +53,17 @@ class RowSums(NamedTuple):
     others: Array  # Σ e^{(xⱼ − m)/t} over all j but one at which m is attained; 0 where no class is left
 
 
+class Total(NamedTuple):
+    """Σ e^{xⱼ − s} of a row; arrays of the shape of the rows."""
+
+    shift: Array  # s, finite
+    sum: Array
+
+
 UNSHIFTED = 63.0  # a maximum between 0 and this needs neither a shift nor a factor
+
+
+ROOM = 68.0  # the inverse of a sum of 2²⁶ times e^{ROOM + 1} is a normal number
 
 
 def whole_shift(peak: Array, room: float, least: Array | float) -> Array:
@@ -107,6 +118,21 @@ def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Calla
     # the subtraction, after which the maximum would no longer be the largest (jax issue 37234).
     d = at_most(top, x) - by
     return exp(d) * factor if t is None else exp(d / t)
+
+
+def shares(x: Array, axis: Axes) -> bool:
+    """Whether a derivative is made of the exponentials that were summed, and does not find them again.
+
+    On CPU these are an array in memory, as long as XLA sees that they are the same (`shared_exponentials`); of 16-bit
+    logits it would have twice their size. What a rule keeps is the logits in any case.
+    """
+    return on_cpu() and x.dtype == compute_dtype(x.dtype) and not class_by_class(x, axis)
+
+
+def shared_exponentials(x: Array, shift: Array, axis: Axes) -> Array:
+    """e^{x − s} of wide logits, for a sum and for a derivative that divides them by it: not behind a barrier."""
+    # The minimum changes +inf alone, from which no shift can be taken.
+    return exp(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(shift, axis))
 
 
 def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Shift, Array]:

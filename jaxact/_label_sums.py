@@ -14,15 +14,17 @@ from jax import Array, lax
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_row
 from jaxact._elementary import exp
-from jaxact._exponentials import at_most, finite, undominated, unless_all, whole_shift
+from jaxact._exponentials import (
+    ROOM,
+    Total,
+    at_most,
+    finite,
+    shared_exponentials,
+    undominated,
+    unless_all,
+    whole_shift,
+)
 from jaxact._options import Adjustment
-
-
-class Total(NamedTuple):
-    """Σ e^{z − s} of a row's logits z; arrays of the row's shape with one class."""
-
-    shift: Array  # s, finite
-    sum: Array  # positive, also where no class is left
 
 
 class LabelSums(NamedTuple):
@@ -34,8 +36,7 @@ class LabelSums(NamedTuple):
     total: Total
 
 
-FAR = 2.0**100  # times the number of classes, it does not overflow
-ROOM = 68.0  # e^{ROOM + 1} is below `FAR`, and the inverse of a sum of 2²⁶ of them a normal number
+FAR = 2.0**100  # above e^{ROOM + 1}; times the number of classes, it does not overflow
 
 
 def but_label(e: Array, y: Array) -> Array:
@@ -123,8 +124,7 @@ def others_exponentials(z: Array, shift: Array, y: Array) -> Array:
 
     To write the 0 takes less time than three operations for every class.
     """
-    # The minimum changes +inf alone, from which no shift can be taken.
-    return at_labels(lax.scatter, exp(jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - shift), y, jnp.zeros_like(shift))
+    return at_labels(lax.scatter, shared_exponentials(z, shift, ()), y, jnp.zeros_like(shift))
 
 
 def at_labels(scatter: Callable[..., Array], z: Array, y: Array, updates: Array) -> Array:

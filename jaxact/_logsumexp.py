@@ -11,10 +11,25 @@ from jax.typing import ArrayLike
 
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, require_arrays, static_axis, widen
 from jaxact._classes import alike
-from jaxact._exponentials import UNSHIFTED, Sums, finite, row_sums, total_unshifted, unless_all
+from jaxact._exponentials import (
+    ROOM,
+    UNSHIFTED,
+    Sums,
+    Total,
+    below,
+    but_maximum,
+    finite,
+    row_sums,
+    shared_exponentials,
+    shares,
+    total_unshifted,
+    undominated,
+    unless_all,
+    whole_shift,
+)
 from jaxact._forward_mode import forward_mode
-from jaxact._reductions import Axes, maximum, spread
-from jaxact._softmax import _softmax
+from jaxact._reductions import Axes, maximum, spread, sum_over
+from jaxact._softmax import _softmax, softmax_of_shared
 
 
 def logsumexp(
@@ -87,7 +102,7 @@ def _logsumexp_of_any(
     axes = canonical_axis(axis, a.ndim)
     x = masked(a, where, -math.inf)
     if b is None:
-        out, _ = _logsumexp(x, axes)
+        out, _ = _logsumexp(x, axes, False)
         # The sum of exponentials is positive, 0 where it is empty and nan where it is nan.
         fixed = lax.stop_gradient(out)
         sign = jnp.where(jnp.isnan(fixed), fixed, (fixed > -jnp.inf).astype(fixed.dtype))
@@ -102,9 +117,14 @@ def _logsumexp_of_any(
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _logsumexp(x: Array, axis: Axes) -> tuple[Array, Sums]:
-    """The logarithm of the sum of exponentials over the axes, and the sums it is made of, as constants."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _logsumexp(x: Array, axis: Axes, differentiated: bool) -> tuple[Array, tuple[Array, Array]]:
+    """The logarithm of the sum of exponentials over the axes, and what its derivative needs of it, as constants.
+
+    That is a `Total` where exponentials are shared with the derivative, and else `Sums`.
+    """
+    if differentiated and shares(x, axis):
+        return _of_shared(x, axis)
 
     def about_maximum(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:
         sums = row_sums(x, None, axis)
@@ -117,18 +137,40 @@ def _logsumexp(x: Array, axis: Axes) -> tuple[Array, Sums]:
     log_total = jnp.log(total)
     # Near 0, the logarithm lacks what the sum has lost beside 1.
     out, sums = unless_all(in_range & (log_total > 1), about_maximum, about_zero, x, total, log_total)
-    return out.astype(x.dtype), sums
+    return out.astype(x.dtype), (sums.peak, sums.total)
 
 
-def _logsumexp_fwd(x: Array, axis: Axes) -> Any:
-    out, sums = _logsumexp(x, axis)
-    return (out, sums), (x, sums)
+def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
+    """The same where its exponentials are shared with the derivative."""
+    top = maximum(x, axis)
+    peak = finite(top)
+    shift = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
+    total = sum_over(shared_exponentials(x, shift, axis), axis)
+    others = total / jnp.exp(peak - shift) - 1
+    out = top + jnp.log1p(others)
+
+    # Near 0, what the sum has lost beside 1 counts.
+    def exact(x: Array, top: Array, peak: Array, out: Array) -> Array:
+        alone = sum_over(jnp.exp(below(peak, x, axis)) * but_maximum(x, peak, axis), axis) / 2
+        return jnp.where(undominated(others), out, top + jnp.log1p(alone))
+
+    settled = undominated(others) | (jnp.abs(out) > 1)
+    return unless_all(settled, exact, lambda x, top, peak, out: out, x, top, peak, out), (shift, total)
 
 
-def _logsumexp_bwd(axis: Axes, residuals: Any, cotangents: Any) -> tuple[Array]:
-    x, sums = residuals
-    # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in softmax, to be widened again.
-    p = _softmax(widen(lax.optimization_barrier(x)), None, sums, axis, False)
+def _logsumexp_fwd(x: Array, axis: Axes, differentiated: bool) -> Any:
+    out, kept = _logsumexp(x, axis, True)
+    return (out, kept), (x, kept)
+
+
+def _logsumexp_bwd(axis: Axes, differentiated: bool, residuals: Any, cotangents: Any) -> tuple[Array]:
+    x, kept = residuals
+    if shares(x, axis):
+        p = softmax_of_shared(x, Total(*kept), axis)
+    else:
+        # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in softmax, to be widened
+        # again.
+        p = _softmax(widen(lax.optimization_barrier(x)), None, Sums(*kept), axis, False)
     return ((spread(widen(cotangents[0]), axis) * p).astype(x.dtype),)
 
 

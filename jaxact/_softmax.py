@@ -27,6 +27,7 @@ from jaxact._elementary import exp
 from jaxact._exponentials import (
     RowSums,
     Sums,
+    Total,
     at_most,
     below,
     but_maximum,
@@ -38,6 +39,7 @@ from jaxact._exponentials import (
     maximum_and_total,
     over_total,
     row_sums,
+    shared_exponentials,
     shift_about,
     times_jacobian,
     total_unshifted,
@@ -173,6 +175,25 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def softmax_of_shared(x: Array, total: Total, axis: Axes) -> Array:
+    """Softmax over the axes, of the exponentials that were summed for the `total`, which is not differentiated."""
+    return over_total(shared_exponentials(x, total.shift, axis), total.sum, axis)
+
+
+def _softmax_of_shared_fwd(x: Array, total: Total, axis: Axes) -> tuple[Array, Array]:
+    y = softmax_of_shared(x, total, axis)
+    return y, y
+
+
+def _softmax_of_shared_bwd(axis: Axes, y: Array, g: Array) -> tuple[Array, None]:
+    return times_jacobian(certain(y), g, lambda a: spread(sum_over(a, axis), axis)), None
+
+
+softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)
 
 
 def log_softmax(
