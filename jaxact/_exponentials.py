@@ -135,6 +135,36 @@ def shared_exponentials(x: Array, shift: Array, axis: Axes) -> Array:
     return exp(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(shift, axis))
 
 
+def shared_shift(peak: Array) -> Array:
+    return whole_shift(peak, ROOM, jnp.minimum(peak, 0))
+
+
+def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
+    """Whether exponentials are shared where those of the other classes are summed as well.
+
+    So they are in arrays of up to 4 MB of float32. Of larger ones, what several kernels write and read takes longer
+    than to find them again in one.
+    """
+    return t is None and shares(x, axis) and size(x) <= 2**20
+
+
+def shared_row_sums(x: Array, axis: Axes) -> RowSums:
+    peak = finite(maximum(x, axis))
+    shift = shared_shift(peak)
+    e, at_peak = shared_exponentials(x, shift, axis), exp(peak - shift)
+    total = sum_over(e, axis)
+    all_but_one = total / at_peak - 1
+
+    def exact(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
+        alone = sum_over(jnp.where(is_at_maximum(x, peak, axis), 0, e), axis) / at_peak
+        return jnp.where(undominated(all_but_one), all_but_one, alone)
+
+    def quick(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
+        return all_but_one
+
+    return RowSums(peak, total, if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one))
+
+
 def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Shift, Array]:
     """The sums, the shift, and the exponentials themselves."""
     peak = finite(widen(maximum(x, axis)))
@@ -203,6 +233,11 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
     # A whole number but for rounding; where that exceeds a half, the total is rounded by as much.
     ties = jnp.floor((total - others) / at_bare + 0.5)
     return RowSums(peak, total * (at_peak / at_bare), others / at_bare + jnp.maximum(ties - 1, 0))
+
+
+def is_at_maximum(x: Array, peak: Array, axis: Axes) -> Array:
+    top = spread(peak, axis)
+    return at_most(top, x) == top
 
 
 def but_maximum(x: Array, peak: Array, axis: Axes) -> Array:

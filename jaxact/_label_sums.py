@@ -20,6 +20,7 @@ from jaxact._exponentials import (
     at_most,
     finite,
     shared_exponentials,
+    shared_shift,
     undominated,
     unless_all,
     whole_shift,
@@ -154,7 +155,7 @@ def label_sums(
     def about_maximum(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
         z = adjust(x)
         peak = finite(classes.max(z))
-        whole = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
+        whole = shared_shift(peak)
         at_peak = jnp.exp(peak - whole)
         if shared:
             others = classes.sum(others_exponentials(z, whole, y)) / at_peak

@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, require_arrays, static_axis, widen
 from jaxact._classes import alike
 from jaxact._exponentials import (
-    ROOM,
     UNSHIFTED,
     Sums,
     Total,
@@ -21,11 +20,11 @@ from jaxact._exponentials import (
     finite,
     row_sums,
     shared_exponentials,
+    shared_shift,
     shares,
     total_unshifted,
     undominated,
     unless_all,
-    whole_shift,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, maximum, spread, sum_over
@@ -144,7 +143,7 @@ def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
     """The same where its exponentials are shared with the derivative."""
     top = maximum(x, axis)
     peak = finite(top)
-    shift = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
+    shift = shared_shift(peak)
     total = sum_over(shared_exponentials(x, shift, axis), axis)
     others = total / jnp.exp(peak - shift) - 1
     out = top + jnp.log1p(others)

@@ -87,7 +87,7 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
         x_bar = unless_all(finite, in_one(of_possible), in_one(of_likely), x, g, q)
     else:
         x_bar = without_mean(of_possible, x, None, kept, axis, g, q)
-    log_p = _log_softmax(widen(x), None, axis)[0]
+    log_p = _log_softmax(widen(x), None, axis, False)[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
     return x_bar.astype(x.dtype), q_bar.astype(q.dtype)
 

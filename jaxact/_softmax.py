@@ -35,11 +35,15 @@ from jaxact._exponentials import (
     divided_by_total,
     exponentials,
     if_dominated,
+    is_at_maximum,
     is_possible,
     maximum_and_total,
     over_total,
     row_sums,
     shared_exponentials,
+    shared_row_sums,
+    shared_shift,
+    shares_sums,
     shift_about,
     times_jacobian,
     total_unshifted,
@@ -244,18 +248,19 @@ def log_softmax(
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis(axis, x.ndim)
-    y, _ = _log_softmax(masked(x, where, -math.inf), _divisor(temperature, x), axes)
+    y, _ = _log_softmax(masked(x, where, -math.inf), _divisor(temperature, x), axes, False)
     return masked(y, where, -math.inf)  # as in softmax
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _log_softmax(x: Array, t: Array | None, axis: Axes, differentiated: bool) -> tuple[Array, RowSums]:
     """Log-softmax over the axes, and the sums it is made of, as constants."""
-    sums = row_sums(x, t, axis)
+    shared = differentiated and shares_sums(x, t, axis)
+    sums = shared_row_sums(x, axis) if shared else row_sums(x, t, axis)
     # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide. Not in one
     # kernel, which it would part.
-    again, peak = (x, sums.peak) if at_once(x, axis) else lax.optimization_barrier((x, sums.peak))
+    again, peak = (x, sums.peak) if shared or at_once(x, axis) else lax.optimization_barrier((x, sums.peak))
     d = below(peak, widen(again), axis)
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product
     # is 0 or −inf. (The excess is 0 or infinite. A maximum by 1 beside the minimum would be a clip, as in `between`.)
@@ -265,12 +270,12 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
     return ((d if t is None else d / t) - spread(jnp.log1p(sums.others), axis)).astype(x.dtype), sums
 
 
-def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
-    y, sums = _log_softmax(x, t, axis)
-    return (y, sums), (x, t, None if at_once(x, axis) else sums)
+def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes, differentiated: bool) -> Any:
+    y, sums = _log_softmax(x, t, axis, True)
+    return (y, sums), (x, t, kept_sums(x, t, sums, axis))
 
 
-def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
+def _log_softmax_bwd(axis: Axes, differentiated: bool, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
     g = cotangents[0]
 
@@ -280,7 +285,7 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     v = without_mean(of_possible, x, t, sums, axis, g)
     if t is None:
         return v, None
-    log_p = _log_softmax(widen(x), t, axis)[0]
+    log_p = _log_softmax(widen(x), t, axis, False)[0]
     possible = log_p > -jnp.inf
     t_bar = -jnp.sum(jnp.where(possible, v * jnp.where(possible, log_p, 0), 0)) / t
     return (v / t).astype(x.dtype), t_bar
@@ -289,16 +294,25 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
+def kept_sums(x: Array, t: Array | None, sums: RowSums, axis: Axes) -> Any:
+    """What `without_mean` needs of the sums."""
+    if shares_sums(x, t, axis):
+        return Sums(sums.peak, sums.total)
+    return None if at_once(x, axis) else sums
+
+
 def without_mean(
-    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: RowSums | None, axis: Axes, *operands: Array
+    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: Any, axis: Axes, *operands: Array
 ) -> Array:
     """ȳ − p Σ ȳ, with ȳ = `cotangent(x, *operands)` for wide logits x; in the dtype of x if t is None.
 
-    `sums` are None where all is done at once (`at_once`).
+    `sums` are what is kept of them: None where all is done at once (`at_once`).
 
     What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
     """
     result = x.dtype if t is None else widen(x).dtype
+    if isinstance(sums, Sums):
+        return _without_mean_of_shared(cotangent(x, *operands), x, sums, axis)
 
     # At a class that has more than half, ȳ − p Σ ȳ cancels, and nothing is left of 1 − p where p rounds to 1.
     def once(p: Array, g: Array) -> Array:
@@ -335,3 +349,26 @@ def without_mean(
         return v.astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)
+
+
+def _without_mean_of_shared(g: Array, x: Array, sums: Sums, axis: Axes) -> Array:
+    """ȳ − p Σ ȳ where the exponentials are shared. Its sum is 0: what cancels is minus the sum of all that does not."""
+    shift = shared_shift(sums.peak)
+    p = softmax_of_shared(x, Total(shift, sums.total), axis)
+    # The selection changes nothing, as p is 0 there. But it is none of the operations that XLA's sums take in, and the
+    # products with it, for which they would need p in memory.
+    g_sum = jnp.where(sums.total == 0, 0, sum_over(g, axis))
+    others = sums.total / exp(sums.peak - shift) - 1
+
+    def dominates(x: Array, peak: Array, others: Array) -> Array:
+        return is_at_maximum(x, peak, axis) & ~spread(undominated(others), axis)
+
+    def exact(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
+        return sum_over(jnp.where(dominates(x, peak, others), 0, g - p * spread(g_sum, axis)), axis)
+
+    def quick(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
+        return jnp.zeros_like(g_sum)
+
+    of_others = if_dominated(others, exact, quick, x, p, g, g_sum, sums.peak, others)
+    v = g - p * spread(g_sum, axis)
+    return jnp.where(dominates(x, sums.peak, others), -spread(of_others, axis), v)
