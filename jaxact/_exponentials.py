@@ -162,7 +162,10 @@ def shared_row_sums(x: Array, axis: Axes) -> RowSums:
     def quick(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
         return all_but_one
 
-    return RowSums(peak, total, if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one))
+    others = if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one)
+    # Of many that are each just too small to count beside the one, a sum one after another loses all.
+    as_summed = undominated(all_but_one) | (total == 0)
+    return RowSums(peak, jnp.where(as_summed, total, at_peak * (1 + others)), others)
 
 
 def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Shift, Array]:

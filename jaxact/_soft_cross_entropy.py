@@ -4,6 +4,7 @@ Rows have their classes on the last axis. Where a class is impossible, its −lo
 of 0 must leave it out. So there are two ways to sum: the one that copes with infinity is taken where a loss needs it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +13,33 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._canonical import widen
-from jaxact._exponentials import RowSums, below, between, is_largest, is_possible, row_sums, sums_at_once, unless_all
+from jaxact._exponentials import (
+    RowSums,
+    below,
+    between,
+    is_largest,
+    row_sums,
+    shared_row_sums,
+    shares_sums,
+    sums_at_once,
+    unless_all,
+)
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import at_once, class_by_class, maximum, sum_over
-from jaxact._softmax import _log_softmax, without_mean
+from jaxact._softmax import _log_softmax, kept_sums, without_mean
 
 
 @forward_mode
-@jax.custom_vjp
-def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def soft_losses(x: Array, q: Array, differentiated: bool = False) -> tuple[Array, RowSums]:
     """−Σ q log p of each row, and the sums it is made of, as constants."""
     axis = (x.ndim - 1,)
+    if differentiated and shares_sums(x, None, axis):
+        sums = shared_row_sums(x, axis)
+        log_p = _below_or_impossible(x, sums.peak) - jnp.log1p(sums.others)[..., None]
+        # A selection, which XLA's sums do not take in, copes with infinity in one way.
+        counts = (q != 0) & (sums.total != 0)[..., None]
+        return -sum_over(jnp.where(counts, q.astype(log_p.dtype) * log_p, 0), axis), sums
     sums = row_sums(x, None, axis)
     largest, tiny = (float(a) for a in (jnp.finfo(sums.peak.dtype).max, jnp.finfo(sums.peak.dtype).tiny))
 
@@ -61,32 +78,33 @@ def _below_or_impossible(x: Array, peak: Array) -> Array:
     return below(peak, widen(x), (x.ndim - 1,)) * jnp.maximum(is_largest(peak) * largest, 1)[..., None]
 
 
-def _soft_losses_fwd(x: Array, q: Array) -> Any:
-    loss, sums = soft_losses(x, q)
-    return (loss, sums), (x, q, loss if at_once(x, (x.ndim - 1,)) else sums)
+def _soft_losses_fwd(x: Array, q: Array, differentiated: bool) -> Any:
+    loss, sums = soft_losses(x, q, True)
+    kept = kept_sums(x, None, sums, (x.ndim - 1,))
+    return (loss, sums), (x, q, loss if kept is None else kept)
 
 
-def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
+def _soft_losses_bwd(differentiated: bool, residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     x, q, kept = residuals
     g, axis = cotangents[0][..., None], (x.ndim - 1,)
 
-    def of_likely(x: Array, g: Array, q: Array) -> Array:
+    def of_log_p(g: Array, q: Array) -> Array:
         return -g * q.astype(g.dtype)
 
-    def of_possible(x: Array, g: Array, q: Array) -> Array:
-        return of_likely(x, g, q) * is_possible(x)  # as in log_softmax: the log p of a logit of −inf is constant
+    def in_one(all_count: bool) -> Callable[..., Array]:
+        def of(x: Array, g: Array, q: Array) -> Array:
+            return without_mean(of_log_p, x, None, None, axis, g, q, all_count=all_count)
 
-    def in_one(cotangent: Callable[..., Array]) -> Callable[..., Array]:
-        return jax.checkpoint(lambda x, g, q: without_mean(cotangent, x, None, None, axis, g, q), prevent_cse=False)
+        return jax.checkpoint(of, prevent_cse=False)
 
     if class_by_class(x, axis):
-        x_bar = in_one(of_possible)(x, g, q)
-    elif at_once(x, axis):
+        x_bar = in_one(False)(x, g, q)
+    elif at_once(x, axis) and not shares_sums(x, None, axis):
         # Where all losses are finite, what is impossible has no label.
         finite = jnp.isfinite(lax.stop_gradient(kept))
-        x_bar = unless_all(finite, in_one(of_possible), in_one(of_likely), x, g, q)
+        x_bar = unless_all(finite, in_one(False), in_one(True), x, g, q)
     else:
-        x_bar = without_mean(of_possible, x, None, kept, axis, g, q)
+        x_bar = without_mean(of_log_p, x, None, kept, axis, g, q)
     log_p = _log_softmax(widen(x), None, axis, False)[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
     return x_bar.astype(x.dtype), q_bar.astype(q.dtype)

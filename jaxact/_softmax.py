@@ -277,12 +277,7 @@ def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes, differentiated: bool
 
 def _log_softmax_bwd(axis: Axes, differentiated: bool, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
-    g = cotangents[0]
-
-    def of_possible(x: Array, g: Array) -> Array:
-        return widen(g) * is_possible(x)  # a result of −inf is constant
-
-    v = without_mean(of_possible, x, t, sums, axis, g)
+    v = without_mean(widen, x, t, sums, axis, cotangents[0])
     if t is None:
         return v, None
     log_p = _log_softmax(widen(x), t, axis, False)[0]
@@ -302,17 +297,29 @@ def kept_sums(x: Array, t: Array | None, sums: RowSums, axis: Axes) -> Any:
 
 
 def without_mean(
-    cotangent: Callable[..., Array], x: Array, t: Array | None, sums: Any, axis: Axes, *operands: Array
+    cotangent: Callable[..., Array],
+    x: Array,
+    t: Array | None,
+    sums: Any,
+    axis: Axes,
+    *operands: Array,
+    all_count: bool = False,
 ) -> Array:
-    """ȳ − p Σ ȳ, with ȳ = `cotangent(x, *operands)` for wide logits x; in the dtype of x if t is None.
+    """ȳ − p Σ ȳ, with ȳ = `cotangent(*operands)`, wide; in the dtype of x if t is None.
 
-    `sums` are what is kept of them: None where all is done at once (`at_once`).
+    The log p of a logit of −inf is constant, and its ȳ does not count, but where it is known that `all_count`. `sums`
+    are what is kept of them: None where all is done at once (`at_once`).
 
     What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
     """
     result = x.dtype if t is None else widen(x).dtype
+
+    def counting(x: Array, *operands: Array) -> Array:
+        g = cotangent(*operands)
+        return g if all_count else g * is_possible(x)
+
     if isinstance(sums, Sums):
-        return _without_mean_of_shared(cotangent(x, *operands), x, sums, axis)
+        return _without_mean_of_shared(counting(x, *operands), x, sums, axis)
 
     # At a class that has more than half, ȳ − p Σ ȳ cancels, and nothing is left of 1 − p where p rounds to 1.
     def once(p: Array, g: Array) -> Array:
@@ -324,19 +331,19 @@ def without_mean(
         # In one kernel, all of it again: what another has found would part this one, hence the barrier.
         x = widen(lax.optimization_barrier(x))
         p = _certain(_softmax(x, t, None, axis, True), t, axis, True)
-        v = once(p, cotangent(x, *operands))
+        v = once(p, counting(x, *operands))
         return (v - p * spread(sum_over(v, axis), axis)).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def quick(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
         p = _softmax(x, t, Sums(sums.peak, sums.total), axis, True)
-        return once(p, cotangent(x, *operands)).astype(result)
+        return once(p, counting(x, *operands)).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        p, g = _softmax(x, t, Sums(sums.peak, sums.total), axis, True), cotangent(x, *operands)
+        p, g = _softmax(x, t, Sums(sums.peak, sums.total), axis, True), counting(x, *operands)
         # There it is ȳ (1 − p) − p Σ of the others' ȳ, and the others' share of the sum is known.
         is_other = jnp.maximum(
             but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)
@@ -352,7 +359,7 @@ def without_mean(
 
 
 def _without_mean_of_shared(g: Array, x: Array, sums: Sums, axis: Axes) -> Array:
-    """ȳ − p Σ ȳ where the exponentials are shared. Its sum is 0: what cancels is minus the sum of all that does not."""
+    """The same where the exponentials are shared. What cancels is minus the sum of all that does not: theirs is 0."""
     shift = shared_shift(sums.peak)
     p = softmax_of_shared(x, Total(shift, sums.total), axis)
     # The selection changes nothing, as p is 0 there. But it is none of the operations that XLA's sums take in, and the

@@ -82,6 +82,28 @@ def test_a_nan_beside_infinities(name: str, padding: int) -> None:
     assert (slope | (x == -INF))[bad].all()  # a class that does not exist may have no derivative
 
 
+@pytest.mark.parametrize("classes", [20, 100])
+@pytest.mark.parametrize("name", ["log_softmax", "logsumexp", "integer labels", "probabilities"])
+def test_a_value_beside_its_gradient(name: str, classes: int) -> None:
+    # On CPU its exponentials are then others, which the gradient is made of too. Alone it has tests of its own.
+    rng = np.random.default_rng(0)
+    kinds = [np.pad(TRIPLES, ((0, 0), (0, classes - 3)), constant_values=-INF)]
+    kinds += [softmax_oracle.logits(scale, 500, classes) for scale in (1, 30, "dominated")]
+    x = np.concatenate(kinds).astype(np.float32)
+    x[-100:] -= x[-100:].max(1, keepdims=True)  # where logsumexp is nearly 0
+    y = np.where(np.arange(len(x)) < len(TRIPLES), np.arange(len(x)) % 3, rng.integers(0, classes, len(x)))
+    beside, _ = value_and_slope(name, x, y)
+    alone = np.asarray(jax.jit(FUNCTIONS[name])(x, y))
+    # Of log_softmax each has at most 12 ulp, of the others 5; a logarithm near 0 that was m + log1p(others), 3 u of m.
+    limit = 24 if name == "log_softmax" else 10
+    size = np.max(np.where(np.isfinite(x), abs(x), 0), 1) if name == "logsumexp" else 0
+    finite = np.isfinite(alone)
+    np.testing.assert_array_equal(np.asarray(beside)[~finite], alone[~finite])
+    apart = np.where(finite, beside, 0) - np.where(finite, alone, 0).astype(np.float64)
+    allowed = limit * 2.0**-23 * np.where(finite, abs(alone), 0) + 6 * 2.0**-24 * size + 2.0**-126
+    assert (abs(apart) <= allowed).all()
+
+
 # Each a function of logits and of what is the same for all rows.
 SHARED: dict[str, Callable[..., Any]] = {
     "softmax": lambda x, a: jaxact.softmax(x) * a,
@@ -144,7 +166,14 @@ def test_ties_with_the_maximum_and_what_is_next_to_it(count: int, dtype: str, x6
     d = wide - tops[:, None]
     others = np.exp(np.delete(d, 3, 1)).sum(1)
     want = d - np.log1p(others)[:, None]
-    assert softmax_oracle.ulps(jaxact.log_softmax(x), want, dtype) <= 12  # as in test_softmax.py
+
+    def with_sum(x: Any) -> Any:
+        value = jaxact.log_softmax(x)
+        return value.sum(), value
+
+    (_, beside), _ = jax.jit(jax.value_and_grad(with_sum, has_aux=True))(x)
+    for got in jaxact.log_softmax(x), beside:
+        assert softmax_oracle.ulps(got, want, dtype) <= 12  # as in test_softmax.py
 
 
 @pytest.mark.parametrize("ties", [1, 2])
