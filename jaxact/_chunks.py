@@ -257,6 +257,8 @@ def _quarter(how: How, operands: Operands) -> int:
 
 
 def _even(n: int, most: int) -> int:
+    if most == 1:
+        return 1  # n may be symbolic
     least = -(-n // most)
     # What is left over takes memory of its own: rather somewhat smaller chunks, if they leave nothing.
     return n // next((count for count in range(least, 2 * least) if n % count == 0), least) if n else 1

@@ -189,7 +189,8 @@ def _on_mesh(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Ar
     batch = [tuple(name for name in _names(entry) if name not in split) for entry in sharding.spec[:-1]]
     names = tuple(name for entry in batch for name in entry)
     if not (split or names):
-        return _loss(how, reduction, x, w, tokens, bias, options)
+        # What else may be divided, as the features, each device needs whole.
+        return _loss(how, reduction, *jax.tree.map(_undivided, (x, w, tokens, bias, options)))
     mesh = sharding.mesh if names else jax.typeof(w).sharding.mesh
     by_class, by_token = P(split or None), P(*(entry or None for entry in batch))
     of_options = Options(P(), P(), P(), P(), class_weight=by_class)
@@ -210,6 +211,11 @@ def _on_mesh(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Ar
         jax.tree.broadcast(specs, arguments),
     )
     return of_device(*placed)
+
+
+def _undivided(a: Array) -> Array:
+    sharding = jax.typeof(a).sharding
+    return jax.sharding.reshard(a, NamedSharding(sharding.mesh, P())) if any(sharding.spec) else a
 
 
 def _names(entry: Any) -> tuple[Any, ...]:

@@ -129,6 +129,23 @@ def test_meshes_with_explicit_axes(reduction: str, on_eight_devices: Callable[..
     assert on_eight_devices(program.replace("REDUCTION", repr(reduction)), COMMON).strip() == "agreed"
 
 
+def test_features_divided_over_an_explicit_axis(on_eight_devices: Callable[..., str]) -> None:
+    # Neither tokens nor classes are; the gradients are divided as the operands.
+    program = """
+        explicit = mesh(AxisType.Explicit)
+        with jax.set_mesh(explicit):
+            for of_x, of_w, r in (P(), P("model", None), "mean"), (P(None, "model"), P(), "none"):
+                specs = (of_x, of_w, P(), P(), P())
+                divided = [jax.device_put(a, NamedSharding(explicit, spec)) for a, spec in zip(ARRAYS, specs)]
+                got = jax.jit(functools.partial(value_and_gradients, reduction=r))(*divided)
+                agree(got, want(r))
+                for g, a in zip(got[1][:2], divided):
+                    assert jax.typeof(g).sharding.spec == jax.typeof(a).sharding.spec
+        print("agreed")
+    """
+    assert on_eight_devices(program, COMMON).strip() == "agreed"
+
+
 @pytest.mark.exhaustive
 def test_axes_of_which_some_are_explicit(on_eight_devices: Callable[..., str]) -> None:
     program = """
