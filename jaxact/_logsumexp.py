@@ -91,9 +91,10 @@ def _logsumexp_of_any(
     if b is None:
         a = as_float("a", a)
     else:
-        promoted = jnp.result_type(a, b)  # not of the two as floats: an integer, a mask or a number leaves a's dtype
-        a, b = as_float("a", a), as_float("b", b)
-        dtype = promoted if jnp.issubdtype(promoted, jnp.floating) else a.dtype
+        given, a, b = (a, b), as_float("a", a), as_float("b", b)
+        # Integers and masks leave the other's dtype.
+        floats = [x for x, was in zip((a, b), given, strict=True) if jnp.issubdtype(jnp.result_type(was), jnp.floating)]
+        dtype = jnp.result_type(*floats or (a,))
         try:
             a, b = jnp.broadcast_arrays(a.astype(dtype), b.astype(dtype))
         except ValueError:

@@ -39,7 +39,7 @@ def initialise(key: Key[Array, ""], features: int, logits: int, dtype: Any = Non
 
 def logits(params: Params, x: Float[Array, "examples features"]) -> Float[Array, "examples logits"]:
     """x·w + b for each row of weights."""
-    return x @ params.weights.T + params.bias
+    return x @ params.weights.T + params.bias[None]
 
 
 def probabilities(params: Params, x: Float[Array, "examples features"]) -> Float[Array, "examples ..."]:
@@ -62,7 +62,7 @@ def log_odds_against(z: Float[Array, "examples logits"], y: Int[Array, " example
     classes = z.shape[1]
     if classes == 1:
         return jnp.where(y == 1, -z[:, 0], z[:, 0])
-    others = (y[:, None] + jnp.arange(1, classes)) % classes
+    others = (y[:, None] + jnp.arange(1, classes)[None]) % classes
     at_label = jnp.take_along_axis(z, y[:, None], axis=1)
     return logsumexp(jnp.take_along_axis(z, others, axis=1) - at_label, axis=1)
 
@@ -114,12 +114,12 @@ def multilabel(probabilities: ArrayLike, threshold: ArrayLike = 0.5) -> Bool[Arr
     as_float("threshold", threshold)  # for its errors: its result, rounded again, might be another
     t = jnp.asarray(threshold, p.dtype)
     try:
-        np.broadcast_shapes(p.shape, t.shape)
+        shape = np.broadcast_shapes(p.shape, t.shape)
     except ValueError:
         raise ValueError(f"threshold must broadcast against shape {p.shape}, got shape {t.shape}.") from None
     if not isinstance(t, jax.core.Tracer) and bool(jnp.isnan(t).any()):
         raise ValueError("threshold must be a number, got nan.")
-    return p > t
+    return jnp.broadcast_to(p, shape) > jnp.broadcast_to(t, shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,15 @@ def test_dtypes_are_promoted_explicitly(name: str) -> None:
 NUMBERS = [2.0, 2, True, np.arange(3), np.array([True, False, True]), np.ones(3, "float16"), np.ones(3, "float32")]
 
 
+@pytest.mark.parametrize("dtype", ["int4", "uint8", "bool"])
+def test_integer_weights_and_masks_are_promoted_with_nothing(dtype: str) -> None:
+    x, b = jnp.zeros((2, 3), "bfloat16"), jnp.ones((2, 3), dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        assert jaxact.logsumexp(x, b=b).dtype == x.dtype
+        assert jaxact.logsumexp(b, b=x).dtype == x.dtype
+        assert jaxact.logsumexp(b, b=b).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("b", NUMBERS, ids=lambda b: f"{type(b).__name__}-{np.result_type(b)}")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_weights_promote_as_in_jax(dtype: str, b: Any, x64: None) -> None:

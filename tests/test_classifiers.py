@@ -163,6 +163,15 @@ def test_models() -> None:
     np.testing.assert_array_equal(classifiers.predict(tied, x), np.zeros(6))
 
 
+def test_ranks_are_promoted_explicitly() -> None:
+    with jax.numpy_rank_promotion("raise"):
+        x, y = jnp.ones((4, 3)), jnp.array([0, 1, 0, 1])
+        assert_identical(train_twins(x, y, steps=1))
+        p = classifiers.probabilities(Params(jnp.ones((5, 3)), jnp.zeros(5)), x)
+        assert multilabel(p, np.full(5, 0.1)).all()
+        assert classifiers.cross_entropy(p, y).shape == (4,)
+
+
 def test_multilabel_is_strictly_greater_in_every_dtype() -> None:
     p = [0.01, 0.02, 0.41, 0.62, 0.3, 0.18, 0.5, 0.42, 0.06, 0.81]
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -212,6 +212,10 @@ def test_bad_arguments_raise_and_are_named() -> None:
             f(bad)
     with pytest.raises(TypeError, match="b must be real"):
         jaxact.logsumexp(x, b=jnp.ones(3, jnp.complex64))
+    with pytest.raises(TypeError, match="b must be a float of at least 16 bits"):
+        jaxact.logsumexp(x, b=jnp.ones(3, "float8_e5m2"))
+    with pytest.raises(TypeError, match="b must be real"):
+        jaxact.logsumexp(x, b=jax.random.key(0))
     with pytest.raises(ValueError, match=r"b must broadcast .*\(2, 3\).*\(2,\)"):
         jaxact.logsumexp(x, b=jnp.ones(2))
     with pytest.raises(TypeError, match="where must be boolean"):
