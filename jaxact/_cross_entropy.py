@@ -13,11 +13,12 @@ from jax import Array, lax
 
 from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
-from jaxact._exponentials import Total, below, but_maximum, certain, finite, shares, times_jacobian, undominated
+from jaxact._exponentials import Total, below, but_maximum, certain, finite, times_jacobian, undominated
 from jaxact._forward_mode import forward_mode
 from jaxact._label_sums import LabelSums, at_labels, label_logit, label_sums, others_exponentials, places_of
 from jaxact._options import Adjustment, Losses
 from jaxact._reductions import class_count
+from jaxact._shared_exponentials import shares
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
@@ -67,13 +68,11 @@ def label_losses(
 
 
 def _shares(x: Array, weights: Array | None, adjust: Adjustment, classes: Classes) -> bool:
-    """Whether a derivative uses the exponentials that are summed for the loss, and the label's entry is by itself.
-
-    So it is where the logits are not adjusted, and each row is on one device; but for few classes.
-    """
+    """Whether a derivative shares the exponentials of the loss: of logits as they are, each row on one device."""
     as_given = weights is None and adjust.is_identity and not classes.lean
     local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
     axis = (x.ndim - 1,)
+    # Of fewer classes a row's own numbers, of which there are more, take what this saves.
     return as_given and local and class_count(x, axis) >= 2**5 and shares(x, axis)
 
 
@@ -199,7 +198,7 @@ _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _others_probabilities(classes: Classes, z: Array, y: Array, total: Total) -> Array:
-    """The probabilities, and 0 at the label: not behind a barrier, of the exponentials that were summed."""
+    """The probabilities, and 0 at the label, of the exponentials that are shared."""
     e = others_exponentials(z, total.shift, y)
     return jnp.where(e == 0, 0, e / total.sum)  # a sum of nan leaves alone what does not exist
 

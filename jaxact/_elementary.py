@@ -58,7 +58,7 @@ def exp_of_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def exp(x: Array) -> Array:
-    """eˣ of x ≤ 88; 0 where that is not a normal number. Not for what is then summed: XLA's sums take their own in."""
+    """eˣ of x ≤ 88; 0 where that is not a normal number. Not for what is only summed: XLA's sums take their own in."""
     if x.dtype != jnp.float32:
         return jnp.exp(x)
     k, r = _reduced(jnp.maximum(x, -88.0))

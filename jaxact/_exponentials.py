@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._canonical import compute_dtype, widen
-from jaxact._elementary import exp
+from jaxact._canonical import widen
 from jaxact._reductions import (
     Axes,
     at_once,
@@ -120,54 +119,6 @@ def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Calla
     return exp(d) * factor if t is None else exp(d / t)
 
 
-def shares(x: Array, axis: Axes) -> bool:
-    """Whether a derivative is made of the exponentials that were summed, and does not find them again.
-
-    On CPU these are an array in memory, as long as XLA sees that they are the same (`shared_exponentials`); of 16-bit
-    logits it would have twice their size. What a rule keeps is the logits in any case.
-    """
-    return on_cpu() and x.dtype == compute_dtype(x.dtype) and not class_by_class(x, axis)
-
-
-def shared_exponentials(x: Array, shift: Array, axis: Axes) -> Array:
-    """e^{x − s} of wide logits, for a sum and for a derivative that divides them by it: not behind a barrier."""
-    # The minimum changes +inf alone, from which no shift can be taken.
-    return exp(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(shift, axis))
-
-
-def shared_shift(peak: Array) -> Array:
-    return whole_shift(peak, ROOM, jnp.minimum(peak, 0))
-
-
-def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
-    """Whether exponentials are shared where those of the other classes are summed as well.
-
-    So they are in arrays of up to 4 MB of float32. Of larger ones, what several kernels write and read takes longer
-    than to find them again in one.
-    """
-    return t is None and shares(x, axis) and size(x) <= 2**20
-
-
-def shared_row_sums(x: Array, axis: Axes) -> RowSums:
-    peak = finite(maximum(x, axis))
-    shift = shared_shift(peak)
-    e, at_peak = shared_exponentials(x, shift, axis), exp(peak - shift)
-    total = sum_over(e, axis)
-    all_but_one = total / at_peak - 1
-
-    def exact(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
-        alone = sum_over(jnp.where(is_at_maximum(x, peak, axis), 0, e), axis) / at_peak
-        return jnp.where(undominated(all_but_one), all_but_one, alone)
-
-    def quick(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
-        return all_but_one
-
-    others = if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one)
-    # Of many that are each just too small to count beside the one, a sum one after another loses all.
-    as_summed = undominated(all_but_one) | (total == 0)
-    return RowSums(peak, jnp.where(as_summed, total, at_peak * (1 + others)), others)
-
-
 def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Shift, Array]:
     """The sums, the shift, and the exponentials themselves."""
     peak = finite(widen(maximum(x, axis)))
@@ -236,11 +187,6 @@ def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
     # A whole number but for rounding; where that exceeds a half, the total is rounded by as much.
     ties = jnp.floor((total - others) / at_bare + 0.5)
     return RowSums(peak, total * (at_peak / at_bare), others / at_bare + jnp.maximum(ties - 1, 0))
-
-
-def is_at_maximum(x: Array, peak: Array, axis: Axes) -> Array:
-    top = spread(peak, axis)
-    return at_most(top, x) == top
 
 
 def but_maximum(x: Array, peak: Array, axis: Axes) -> Array:

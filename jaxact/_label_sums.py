@@ -19,13 +19,12 @@ from jaxact._exponentials import (
     Total,
     at_most,
     finite,
-    shared_exponentials,
-    shared_shift,
     undominated,
     unless_all,
     whole_shift,
 )
 from jaxact._options import Adjustment
+from jaxact._shared_exponentials import shared_exponentials, shared_shift
 
 
 class LabelSums(NamedTuple):
@@ -121,10 +120,7 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
 
 
 def others_exponentials(z: Array, shift: Array, y: Array) -> Array:
-    """e^{z − s}, and 0 at the label, where a derivative uses what is summed: so XLA finds it once and keeps it.
-
-    To write the 0 takes less time than three operations for every class.
-    """
+    """`shared_exponentials`, and 0 at the label: to write it takes less time than three operations for every class."""
     return at_labels(lax.scatter, shared_exponentials(z, shift, ()), y, jnp.zeros_like(shift))
 
 
@@ -142,7 +138,7 @@ def label_sums(
     """z_y, as it was rounded for the sums, and these. Rows that are not `live` do not matter and may hold anything.
 
     What a gather or a branch is given is written to memory: logits as they are, which may have 16 bits. `shared`:
-    whether a derivative follows, of rows whose exponentials are kept for it (`others_exponentials`).
+    whether a derivative follows that shares the exponentials.
     """
     z_y = label_logit(x, adjust, y, classes)
 

@@ -19,16 +19,14 @@ from jaxact._exponentials import (
     but_maximum,
     finite,
     row_sums,
-    shared_exponentials,
-    shared_shift,
-    shares,
     total_unshifted,
     undominated,
     unless_all,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, maximum, spread, sum_over
-from jaxact._softmax import _softmax, softmax_of_shared
+from jaxact._shared_exponentials import shared_exponentials, shared_shift, shares, softmax_of_shared
+from jaxact._softmax import _softmax
 
 
 def logsumexp(

@@ -19,13 +19,12 @@ from jaxact._exponentials import (
     between,
     is_largest,
     row_sums,
-    shared_row_sums,
-    shares_sums,
     sums_at_once,
     unless_all,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import at_once, class_by_class, maximum, sum_over
+from jaxact._shared_exponentials import shared_row_sums, shares_sums
 from jaxact._softmax import _log_softmax, kept_sums, without_mean
 
 
@@ -37,7 +36,7 @@ def soft_losses(x: Array, q: Array, differentiated: bool = False) -> tuple[Array
     if differentiated and shares_sums(x, None, axis):
         sums = shared_row_sums(x, axis)
         log_p = _below_or_impossible(x, sums.peak) - jnp.log1p(sums.others)[..., None]
-        # A selection, which XLA's sums do not take in, copes with infinity in one way.
+        # A selection copes with infinity in one way; XLA's library does not take it in.
         counts = (q != 0) & (sums.total != 0)[..., None]
         return -sum_over(jnp.where(counts, q.astype(log_p.dtype) * log_p, 0), axis), sums
     sums = row_sums(x, None, axis)

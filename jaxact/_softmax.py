@@ -27,7 +27,6 @@ from jaxact._elementary import exp
 from jaxact._exponentials import (
     RowSums,
     Sums,
-    Total,
     at_most,
     below,
     but_maximum,
@@ -35,15 +34,10 @@ from jaxact._exponentials import (
     divided_by_total,
     exponentials,
     if_dominated,
-    is_at_maximum,
     is_possible,
     maximum_and_total,
     over_total,
     row_sums,
-    shared_exponentials,
-    shared_row_sums,
-    shared_shift,
-    shares_sums,
     shift_about,
     times_jacobian,
     total_unshifted,
@@ -52,6 +46,7 @@ from jaxact._exponentials import (
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, at_once, class_by_class, class_count, maximum, size, spread, sum_over
+from jaxact._shared_exponentials import shared_row_sums, shares_sums, without_mean_of_shared
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
@@ -181,25 +176,6 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def softmax_of_shared(x: Array, total: Total, axis: Axes) -> Array:
-    """Softmax over the axes, of the exponentials that were summed for the `total`, which is not differentiated."""
-    return over_total(shared_exponentials(x, total.shift, axis), total.sum, axis)
-
-
-def _softmax_of_shared_fwd(x: Array, total: Total, axis: Axes) -> tuple[Array, Array]:
-    y = softmax_of_shared(x, total, axis)
-    return y, y
-
-
-def _softmax_of_shared_bwd(axis: Axes, y: Array, g: Array) -> tuple[Array, None]:
-    return times_jacobian(certain(y), g, lambda a: spread(sum_over(a, axis), axis)), None
-
-
-softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)
-
-
 def log_softmax(
     x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0
 ) -> Array:
@@ -319,7 +295,7 @@ def without_mean(
         return g if all_count else g * is_possible(x)
 
     if isinstance(sums, Sums):
-        return _without_mean_of_shared(counting(x, *operands), x, sums, axis)
+        return without_mean_of_shared(counting(x, *operands), x, sums, axis)
 
     # At a class that has more than half, ȳ − p Σ ȳ cancels, and nothing is left of 1 − p where p rounds to 1.
     def once(p: Array, g: Array) -> Array:
@@ -356,26 +332,3 @@ def without_mean(
         return v.astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)
-
-
-def _without_mean_of_shared(g: Array, x: Array, sums: Sums, axis: Axes) -> Array:
-    """The same where the exponentials are shared. What cancels is minus the sum of all that does not: theirs is 0."""
-    shift = shared_shift(sums.peak)
-    p = softmax_of_shared(x, Total(shift, sums.total), axis)
-    # The selection changes nothing, as p is 0 there. But it is none of the operations that XLA's sums take in, and the
-    # products with it, for which they would need p in memory.
-    g_sum = jnp.where(sums.total == 0, 0, sum_over(g, axis))
-    others = sums.total / exp(sums.peak - shift) - 1
-
-    def dominates(x: Array, peak: Array, others: Array) -> Array:
-        return is_at_maximum(x, peak, axis) & ~spread(undominated(others), axis)
-
-    def exact(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
-        return sum_over(jnp.where(dominates(x, peak, others), 0, g - p * spread(g_sum, axis)), axis)
-
-    def quick(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
-        return jnp.zeros_like(g_sum)
-
-    of_others = if_dominated(others, exact, quick, x, p, g, g_sum, sums.peak, others)
-    v = g - p * spread(g_sum, axis)
-    return jnp.where(dominates(x, sums.peak, others), -spread(of_others, axis), v)

@@ -1,0 +1,122 @@
+"""Exponentials that a value shares with its gradient, on CPU.
+
+Of a value alone, XLA's library of kernels finds the exponentials as it sums them, and nothing is written to memory. But
+every operation beside a sum takes long there, and a gradient would find them again. Where one follows, they are an
+array, by our own exponential, which the library sums plainly, and of which the gradient is made in place. XLA sees that
+the two are the same as long as no barrier or branch lies between them. What a rule keeps is the logits, as ever.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxact._canonical import compute_dtype
+from jaxact._elementary import exp
+from jaxact._exponentials import (
+    ROOM,
+    RowSums,
+    Sums,
+    Total,
+    at_most,
+    certain,
+    finite,
+    if_dominated,
+    over_total,
+    times_jacobian,
+    undominated,
+    whole_shift,
+)
+from jaxact._forward_mode import forward_mode
+from jaxact._reductions import Axes, class_by_class, maximum, on_cpu, size, spread, sum_over
+
+
+def shares(x: Array, axis: Axes) -> bool:
+    """Whether a derivative shares the exponentials of its value; those of 16-bit logits have twice their size."""
+    return on_cpu() and x.dtype == compute_dtype(x.dtype) and not class_by_class(x, axis)
+
+
+def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
+    """The same where the sum over all but the largest class is wanted too.
+
+    So in arrays of up to 4 MB of float32. Of larger ones, to write and read all that several kernels need takes longer
+    than to find exponentials twice, in one kernel each.
+    """
+    return t is None and shares(x, axis) and size(x) <= 2**20
+
+
+def shared_shift(peak: Array) -> Array:
+    return whole_shift(peak, ROOM, jnp.minimum(peak, 0))
+
+
+def shared_exponentials(x: Array, shift: Array, axis: Axes) -> Array:
+    # The minimum changes +inf alone, from which no shift can be taken.
+    return exp(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(shift, axis))
+
+
+@forward_mode
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def softmax_of_shared(x: Array, total: Total, axis: Axes) -> Array:
+    """Softmax over the axes, of the exponentials that were summed for the `total`, which is not differentiated."""
+    return over_total(shared_exponentials(x, total.shift, axis), total.sum, axis)
+
+
+def _softmax_of_shared_fwd(x: Array, total: Total, axis: Axes) -> tuple[Array, Array]:
+    y = softmax_of_shared(x, total, axis)
+    return y, y
+
+
+def _softmax_of_shared_bwd(axis: Axes, y: Array, g: Array) -> tuple[Array, None]:
+    return times_jacobian(certain(y), g, lambda a: spread(sum_over(a, axis), axis)), None
+
+
+softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)
+
+
+def shared_row_sums(x: Array, axis: Axes) -> RowSums:
+    peak = finite(maximum(x, axis))
+    shift = shared_shift(peak)
+    e, at_peak = shared_exponentials(x, shift, axis), exp(peak - shift)
+    total = sum_over(e, axis)
+    all_but_one = total / at_peak - 1
+
+    def exact(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
+        alone = sum_over(jnp.where(_is_at_maximum(x, peak, axis), 0, e), axis) / at_peak
+        return jnp.where(undominated(all_but_one), all_but_one, alone)
+
+    def quick(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
+        return all_but_one
+
+    others = if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one)
+    # Of many that are each just too small to count beside the one, a sum one after another loses all.
+    as_summed = undominated(all_but_one) | (total == 0)
+    return RowSums(peak, jnp.where(as_summed, total, at_peak * (1 + others)), others)
+
+
+def without_mean_of_shared(g: Array, x: Array, sums: Sums, axis: Axes) -> Array:
+    """ȳ − p Σ ȳ. What of it cancels, at a class that has more than half, is minus the sum of the rest: all sum to 0."""
+    shift = shared_shift(sums.peak)
+    p = softmax_of_shared(x, Total(shift, sums.total), axis)
+    # The selection changes nothing, as p is 0 there. But the library takes in no selection, and so not the product with
+    # it, for which it would need p in memory.
+    g_sum = jnp.where(sums.total == 0, 0, sum_over(g, axis))
+    others = sums.total / exp(sums.peak - shift) - 1
+
+    def dominates(x: Array, peak: Array, others: Array) -> Array:
+        return _is_at_maximum(x, peak, axis) & ~spread(undominated(others), axis)
+
+    def exact(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
+        return sum_over(jnp.where(dominates(x, peak, others), 0, g - p * spread(g_sum, axis)), axis)
+
+    def quick(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
+        return jnp.zeros_like(g_sum)
+
+    of_others = if_dominated(others, exact, quick, x, p, g, g_sum, sums.peak, others)
+    v = g - p * spread(g_sum, axis)
+    return jnp.where(dominates(x, sums.peak, others), -spread(of_others, axis), v)
+
+
+def _is_at_maximum(x: Array, peak: Array, axis: Axes) -> Array:
+    top = spread(peak, axis)
+    return at_most(top, x) == top
