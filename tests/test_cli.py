@@ -3,10 +3,12 @@
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +77,7 @@ def test_default_data_agrees_bit_for_bit(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_own_data_in_float64_with_any_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "data.csv"
-    file.write_text('\ufeff"x,1",same, $y_1$\n1,7, $no^\n\n2,7,[bold]日本"\n3,7,$no^\n', encoding="utf-8")
+    file.write_text('\ufeff"x,1",same, $y_1$\n1,7, $no^\n\n \t\n2,7,[bold]日本"\n3,7,$no^\n', encoding="utf-8")
     options = ["--optimizer", "adamw", "--float64", "--steps", 20, "--seed", 3]
     assert status("converge", "--csv", file, "--label", "$y_1$", *options, "--out", tmp_path) == 0
     report = results(tmp_path)
@@ -116,6 +118,37 @@ def test_unmatched_rates_differ(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert ours["largest_gap"]["relative"] > 0.05
     assert ours["weight_gap"] > 0.05
     assert "The two classifiers are out of step: " in capsys.readouterr().out
+
+
+def test_unmatched_rates_may_make_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*rows: str, steps: int) -> str:
+        file = write(tmp_path / "data.csv", *rows, header="a,class")
+        argv = ["--csv", file, "--label", "class", "--unmatched", "--steps", steps, "--out", tmp_path]
+        assert status("converge", *argv) == 0
+        return capsys.readouterr().out
+
+    once = printed("1,no", "2,yes", steps=1)
+    assert "2 examples, 1 feature; " in once
+    assert "for 1 step, sgd." in once
+    assert "are not the same model: the loss agrees bit for bit, the weights do not." in once
+    constant = printed("7,no", "7,yes", steps=3)
+    assert "are the same model: all 3 losses agree bit for bit." in constant
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of files are text here")
+def test_a_file_name_that_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifiers, "train_twins", lambda *_, **__: trained(1, 0.5))
+    file = write(tmp_path / os.fsdecode(b"\xff.csv"), *ROWS)
+    assert status("converge", "--csv", file, "--label", "class", "--steps", 2, "--out", tmp_path) == 0
+    assert results(tmp_path)["data"]["name"] == "?.csv"
+
+
+def test_control_characters_in_a_class_are_not_in_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifiers, "train_twins", lambda *_, **__: trained(1, 0.5))
+    file = write(tmp_path / "data.csv", "1,2,3,x\x01", "2,3,4,\uffff")
+    assert status("converge", "--csv", file, "--label", "class", "--steps", 2, "--out", tmp_path) == 0
+    ElementTree.parse(tmp_path / "converge.svg")
+    assert results(tmp_path)["data"]["classes"] == ["x\x01", "\uffff"]
 
 
 def test_a_gap_is_not_hidden(

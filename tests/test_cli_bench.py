@@ -280,6 +280,15 @@ def test_the_figure_says_the_point() -> None:
     assert "Only arrays below 64 KiB were measured" in texts(made_up(bytes=4))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of files are text here")
+def test_a_run_is_compared_with_a_file_whose_name_is_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_measured", lambda *_: outcome(made_up(), made_up(what="value+gradient", kept=(4, 4))))
+    assert status("--out", tmp_path) == 0
+    old = (tmp_path / "bench.json").rename(tmp_path / os.fsdecode(b"\xff.json"))
+    assert status("--out", tmp_path, "--compare", old) == 0
+    assert "## Since ?.json" in (tmp_path / "bench.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads cannot be kept to a core here")
 def test_the_speedup_is_of_all_threads_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     every = os.sched_getaffinity(0)
@@ -311,7 +320,8 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
     assert printed.out == ""
 
 
-NO_CELLS = ['{"cells": [{}], "versions": {}, "hardware": {}}', "[]", "{", '{"cells": 3}', "3", "\xff", ""]
+NO_CELLS = ['{"cells": [{}], "versions": {}, "hardware": {}}', "[]", "{", '{"cells": 3}', "3", "\xff", "", "[" * 10**5]
+NO_RATIOS = ["0.0", "null", "9" * 400]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +332,7 @@ NO_CELLS = ['{"cells": [{}], "versions": {}, "hardware": {}}', "[]", "{", '{"cel
         (["--compare", "."], "cannot read .: Is a directory."),
         (["--out", "file"], "cannot write to file: File exists."),
         (["--out", "file/below"], "cannot write to file/below: Not a directory."),
-        *((["--compare", f"{i}.json"], f"{i}.json is not a bench.json that") for i in range(len(NO_CELLS) + 2)),
+        *((["--compare", f"{i}.json"], f"{i}.json is not a bench.json that") for i in range(len(NO_CELLS + NO_RATIOS))),
     ],
 )
 def test_a_mistake_is_named(
@@ -339,7 +349,7 @@ def test_a_mistake_is_named(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     good = json.dumps(report.as_json(outcome(made_up(1.5))))
-    odd = [good.replace('"ratio": 1.5', f'"ratio": {ratio}') for ratio in ("0.0", "null")]
+    odd = [good.replace('"ratio": 1.5', f'"ratio": {ratio}') for ratio in NO_RATIOS]
     for i, text in enumerate((*NO_CELLS, *odd)):
         Path(f"{i}.json").write_text(text, encoding="latin-1")
     assert status(*argv) == 2

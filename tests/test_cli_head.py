@@ -151,6 +151,15 @@ def test_divergence_is_reported() -> None:
     assert "All 2 losses agree to the last bit" in drawn(same)
 
 
+def test_one_of_each_is_singular() -> None:
+    settings = head_settings(vocab=[9], batch=1, features=1, steps=1)
+    costs = {name: model.Cost(None, np.ones(5), np.ones(6)) for name in model.HEADS}
+    once = model.Outcome(settings, 9, 9, dict.fromkeys(model.HEADS, np.ones(1)), {9: costs}, None)
+    assert "in 1 step is " in once.verdict
+    assert "The loss agrees to the last bit" in drawn(once)
+    assert " 1 token a step, 1 feature, adamw" in drawn(once)
+
+
 @pytest.mark.exhaustive
 def test_several_devices_agree_with_one(tmp_path: Path) -> None:
     root = Path(head.__file__).parents[2]
@@ -183,6 +192,7 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
         (["--batch", "-1"], "argument --batch: must be a whole number"),
         (["--features", "2.5"], "argument --features: must be a whole number"),
         (["--learning-rate", "nan"], "argument --learning-rate: must be a positive number, got 'nan'."),
+        (["--learning-rate", "1e300"], "--learning-rate 1e+300 is out of the range of float32."),
         (["--seed", "x"], "argument --seed: must be a whole number"),
         (["--devices", "6"], "argument --devices: must be a power of two from 1 to 256, got '6'."),
         (["--devices", "0"], "argument --devices: must be a power of two"),

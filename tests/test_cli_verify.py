@@ -41,6 +41,9 @@ def product(x, y):
 def raises(x):
     raise RuntimeError("no such luck.\\nsecond line")
 
+def leaves(x):
+    raise SystemExit
+
 number = 3
 """
 
@@ -54,9 +57,10 @@ def status(*argv: Any) -> int:
 
 @pytest.fixture
 def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current directory has a module `rules_of_mine`, and one that cannot be imported."""
+    """The current directory has a module `rules_of_mine`, and two that cannot be imported."""
     (tmp_path / "rules_of_mine.py").write_text(RULES, encoding="utf-8")
     (tmp_path / "broken_rules.py").write_text("1 / 0\n", encoding="utf-8")
+    (tmp_path / "leaving_rules.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.delitem(sys.modules, "rules_of_mine", raising=False)
@@ -197,11 +201,14 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
         (["rules_of_mine:right", "--shape", "3", "--scale", "0"], "argument --scale: must be a positive number"),
         (["no_such_module:f", "--shape", "3"], "cannot import no_such_module: ModuleNotFoundError: No module named"),
         (["broken_rules:f", "--shape", "3"], "cannot import broken_rules: ZeroDivisionError: division by zero."),
+        (["leaving_rules:f", "--shape", "3"], "cannot import leaving_rules: SystemExit: 3."),
         ([":f", "--shape", "3"], "cannot import a module without a name: ValueError: "),
         (["rules_of_mine:", "--shape", "3"], "rules_of_mine has no ''."),
         (["rules_of_mine:left", "--shape", "3"], "rules_of_mine has no 'left'."),
         (["rules_of_mine:number", "--shape", "3"], "rules_of_mine:number is not callable: it is of type int."),
         (["rules_of_mine:raises", "--shape", "3"], "cannot verify rules_of_mine:raises: RuntimeError: no such luck."),
+        (["rules_of_mine:leaves", "--shape", "3"], "cannot verify rules_of_mine:leaves: SystemExit: no message."),
+        (["rules_of_mine:right", "--shape", "3", "--scale", "1e300"], "--scale 1e+300 is out of the range of float32."),
         (["rules_of_mine:product", "--shape", "3"], "cannot verify rules_of_mine:product: TypeError: "),
         (["rules_of_mine:right", "--shape", "999999999,999999999,999999999"], "cannot verify rules_of_mine:right: "),
     ],

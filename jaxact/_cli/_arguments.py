@@ -8,6 +8,9 @@ import tempfile
 from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 def positive(text: str) -> float:
@@ -26,6 +29,12 @@ def whole(least: int, most: int, text: str) -> int:
     if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
         raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text!r}")
     return int(text)
+
+
+def check_learning_rate(rate: float, dtype: Any) -> None:
+    """The rate, and twice the rate, must be normal numbers of the dtype."""
+    if not float(np.finfo(dtype).tiny) <= rate <= float(np.finfo(dtype).max) / 2:
+        raise ArgumentError(None, f"--learning-rate {rate} is out of the range of {dtype.__name__}.")
 
 
 def require(extras: str, *packages: str) -> None:

@@ -29,7 +29,7 @@ def read(path: Path) -> Old:
         return Old(ratios, dict(found["versions"]), dict(found["hardware"]))
     except OSError as error:
         raise ArgumentError(None, f"cannot read {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ArgumentError(None, f"{path} is not a bench.json that `jaxact bench` has written.") from None
 
 

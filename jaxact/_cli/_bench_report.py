@@ -197,7 +197,9 @@ def write(outcome: Outcome, sections: list[str], directory: Path) -> list[str]:
     names = ["bench.json", "bench.md", "bench.png"]
     with writing(directory):
         write_json(directory / names[0], as_json(outcome))
-        (directory / names[1]).write_text("\n".join([*_markdown(outcome), *sections]), encoding="utf-8")
+        text = "\n".join([*_markdown(outcome), *sections])
+        # The name of the file compared with need not be UTF-8.
+        (directory / names[1]).write_text(text, encoding="utf-8", errors="replace")
         draw(outcome).savefig(directory / names[2])
     return names
 

@@ -58,7 +58,8 @@ def _cells(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True, skipinitialspace=True)
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+            stripped = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+            lines = [(line, row) for line, row in stripped if row not in ([], [""])]
     except OSError as error:
         raise ArgumentError(None, f"cannot read {path}: {error.strerror}.") from None
     except UnicodeDecodeError:

@@ -22,6 +22,7 @@ from jaxact._cli._figures import (
     point_out,
     slide,
 )
+from jaxact._cli._words import drawable, plural
 from jaxact.classifiers import Twins
 
 SIGMOID, SOFTMAX = BLUE, ORANGE
@@ -48,8 +49,9 @@ def _settings(outcome: Outcome) -> str:
     data, settings, rate = outcome.data, outcome.settings, outcome.settings.learning_rate
     decay = f" (weight decay {outcome.weight_decay:g} for the softmax)" if outcome.weight_decay else ""
     return (
-        f"{_shortened(data.name, 60)}: {len(data.y)} examples, {len(data.features)} features, standardised.\n"
-        f"Full-batch {settings.optimizer}{decay}, {settings.steps} {'step' if settings.steps == 1 else 'steps'}, "
+        f"{_shortened(data.name, 60)}: {len(data.y)} examples, "
+        f"{len(data.features)} {plural('feature', len(data.features))}, standardised.\n"
+        f"Full-batch {settings.optimizer}{decay}, {settings.steps} {plural('step', settings.steps)}, "
         f"learning rate {rate if settings.unmatched else 2 * rate:g} for the sigmoid and {rate:g} for the softmax, "
         f"{'float64' if settings.float64 else 'float32'}."
     )
@@ -93,7 +95,7 @@ def _gaps(axes: Axes, outcome: Outcome) -> None:
         axes.plot(steps, np.where(np.isfinite(log), log, np.nan), color=colour, markersize=size, **DOTS)
         zero = steps[same_bits(outcome.twins[name])]
         axes.plot(zero, np.full(len(zero), low - level * band), color=colour, markersize=5, **DOTS)
-        text = f"{name}: {len(zero)} of {len(log)} steps"
+        text = f"{name}: {len(zero)} of {len(log)} {plural('step', len(log))}"
         axes.text(1, low - (level - 0.06) * band, text, size=14, weight="bold", color=colour, va="bottom")
     decades = np.arange(low, high + 1e-9, max(1, (high - low) // 5))
     zeros = [low - level * band for level in (0.88, 0.5)]
@@ -127,5 +129,6 @@ def _decisions(axes: Axes, outcome: Outcome) -> None:
             axes.text(side * 0.97 * reach, height, text, ha=align, va="center", size=13, color=MUTED)
 
 
-def _shortened(text: str, width: int) -> str:
+def _shortened(name: str, width: int) -> str:
+    text = drawable(name)
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -50,11 +50,13 @@ class Outcome:
         if not finite.all():
             step = np.argmin(finite) + 1
             return f"not comparable: from step {step} on a loss is not finite, so lower the learning rate"
+        if same == steps:
+            agree = f"{'the loss agrees' if steps == 1 else f'all {steps} losses agree'} bit for bit"
+            same_model = ours["weight_gap"] == 0
+            return f"the same model: {agree}" if same_model else f"not the same model: {agree}, the weights do not"
         if self.settings.unmatched:
-            apart = f"at the same rate the losses are up to {relative:.1%} apart"
+            apart = f"at the same rate the losses are up to {100 * relative:.3g}% apart"
             return f"out of step: the sigmoid needs twice the learning rate; {apart}"
-        if same == steps and ours["weight_gap"] == 0:
-            return f"the same model: {'the loss agrees' if steps == 1 else f'all {steps} losses agree'} bit for bit"
         return f"not the same bit for bit: {same} of {steps} losses agree, the largest relative gap is {relative:.2g}"
 
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from jaxact._chunks import CHUNK_BYTES
 from jaxact._cli._figures import BLUE, INK, ORANGE, PALE, finish, heading, log_steps, point_out, slide
 from jaxact._cli._head_model import DENSE, FUSED, Outcome, ratio
+from jaxact._cli._words import plural
 
 DASHED: dict[str, Any] = {"color": ORANGE, "linewidth": 2.2, "linestyle": (0, (4, 2.5))}
 NAMES = {DENSE: "dense head", FUSED: "linear_cross_entropy"}
@@ -34,7 +35,8 @@ def _message(outcome: Outcome) -> tuple[str, str]:
     costs = outcome.costs[largest]
     if not np.isfinite([*outcome.losses.values()]).all():
         return "The two heads are not comparable", "A loss is not finite, so lower the learning rate"
-    gap = f"All {len(outcome.losses[FUSED])} losses agree to {_power(outcome.gap)}"
+    steps = len(outcome.losses[FUSED])
+    gap = f"{'The loss agrees' if steps == 1 else f'All {steps} losses agree'} to {_power(outcome.gap)}"
     if not ratio(costs) > 1.1:
         return "linear_cross_entropy trains like the dense head", gap
     memory = " instead of ".join(_bytes(costs[name].memory or 0) for name in (FUSED, DENSE))
@@ -48,7 +50,8 @@ def _settings(outcome: Outcome) -> str:
     times = [f"{np.median(s):.2g} s" if len(s) else "not run, for lack of memory" for s in seconds]
     return (
         f"Next word after 8, in Python's language reference ({outcome.distinct:,} distinct words; further classes are "
-        f"unused). {settings.batch:,} tokens a step, {settings.features} features, adamw, float32.\n"
+        f"unused). {settings.batch:,} {plural('token', settings.batch)} a step, "
+        f"{settings.features} {plural('feature', settings.features)}, adamw, float32.\n"
         f"Memory: temporary arrays of one compiled step. Time of a step with {largest:,} classes: "
         f"{times[0]} (dense), {times[1]} (linear_cross_entropy). jax {jax.__version__}, {jax.default_backend()}."
     )

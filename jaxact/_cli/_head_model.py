@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import jaxact
+from jaxact._cli._words import plural
 
 CONTEXT = 8  # words
 DENSE, FUSED = "dense", "fused"
@@ -172,7 +173,8 @@ class Outcome(NamedTuple):
         steps = len(self.losses[FUSED])
         if not np.isfinite([*self.losses.values()]).all():
             return "are not comparable: a loss is not finite, so lower the learning rate"
-        return f"train alike: the largest relative gap between their losses in {steps} steps is {self.gap:.1e}"
+        within = f"{steps} {plural('step', steps)}"
+        return f"train alike: the largest relative gap between their losses in {within} is {self.gap:.1e}"
 
 
 def relative_gap(a: np.ndarray, b: np.ndarray) -> float:

@@ -27,7 +27,8 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """In it null stands for inf and nan too."""
     text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    # The name of a file need not be UTF-8.
+    path.write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def versions(*others: str) -> dict[str, str | None]:

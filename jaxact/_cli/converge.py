@@ -14,10 +14,11 @@ import numpy as np
 from jax import Array
 
 from jaxact import classifiers
-from jaxact._cli._arguments import make_directory, positive, require, whole, writing
+from jaxact._cli._arguments import check_learning_rate, make_directory, positive, require, whole, writing
 from jaxact._cli._converge_data import Data, breast_cancer, read_csv
 from jaxact._cli._converge_report import OURS, PEER, Decision, Outcome, as_json, table
 from jaxact._cli._record import write_json
+from jaxact._cli._words import plural
 from jaxact.classifiers import Params, Twins
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         given, missing = ("--csv", "--label") if arguments.label is None else ("--label", "--csv")
         raise ArgumentError(None, f"{given} needs {missing}.")
     dtype = np.float64 if arguments.float64 else np.float32
-    if not float(np.finfo(dtype).tiny) <= arguments.learning_rate <= float(np.finfo(dtype).max) / 2:
-        raise ArgumentError(None, f"--learning-rate {arguments.learning_rate} is out of the range of {dtype.__name__}.")
+    check_learning_rate(arguments.learning_rate, dtype)
     require("demo", "optax", "matplotlib", "rich", *(["sklearn"] if arguments.csv is None else []))
     data = breast_cancer() if arguments.csv is None else read_csv(arguments.csv, arguments.label)
     make_directory(arguments.out)
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(
-        f"{data.name}: {len(data.y)} examples, {len(data.features)} features; "
+        f"{data.name}: {len(data.y)} examples, {len(data.features)} {plural('feature', len(data.features))}; "
         f"class 0 is {data.classes[0]!r}, class 1 is {data.classes[1]!r}.",
         soft_wrap=True,
     )
@@ -107,7 +107,8 @@ def _experiment(data: Data, dtype: Any, settings: argparse.Namespace, console: "
         matched=not settings.unmatched,
     )
     if not sys.stdout.isatty():
-        console.print(f"Training 2 x 2 classifiers for {settings.steps} steps, {settings.optimizer}.", soft_wrap=True)
+        steps = f"{settings.steps} {plural('step', settings.steps)}"
+        console.print(f"Training 2 x 2 classifiers for {steps}, {settings.optimizer}.", soft_wrap=True)
     losses: dict[str, dict[str, Any]] = {OURS: {}, PEER: {"loss": peer_loss}}
     twins: dict[str, Twins] = {}
     with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as bar:

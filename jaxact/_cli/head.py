@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxact._cli._arguments import make_directory, positive, require, whole, writing
+from jaxact._cli._arguments import check_learning_rate, make_directory, positive, require, whole, writing
 from jaxact._cli._record import versions, write_json
+from jaxact._cli._words import plural
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,6 +56,7 @@ def _devices(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, measures, prints and draws. What can be wrong is checked before the training."""
+    check_learning_rate(arguments.learning_rate, np.float32)
     require("head", "flax", "optax", "matplotlib", "rich")
     _start_devices(arguments.devices)
     from jaxact._cli._head_model import FUSED, Cost, Outcome, language_reference, mesh_of, numbered, relative_gap, room
@@ -79,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if not sys.stdout.isatty():
-        console.print(f"Training 2 models on {smallest} classes for {arguments.steps} steps, adamw.", soft_wrap=True)
+        steps = f"{arguments.steps} {plural('step', arguments.steps)}"
+        console.print(f"Training 2 models on {smallest} classes for {steps}, adamw.", soft_wrap=True)
     numbers = numbered(words, smallest)
     with Progress(console=console, transient=True, disable=not sys.stdout.isatty()) as bar:
         losses, trainers = _trained(arguments, numbers, bar)

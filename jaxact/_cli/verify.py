@@ -1,6 +1,7 @@
 """`verify`: is every derivative rule of jaxact right, and is yours?"""
 
 import argparse
+import contextlib
 import functools
 import importlib
 import multiprocessing
@@ -122,12 +123,13 @@ def _run_own(arguments: argparse.Namespace, name: str) -> int:
     given = {option: getattr(arguments, option) for option in DEFAULTS}
     options = DEFAULTS | {option: value for option, value in given.items() if value is not None}
     dtype, scale = TYPES[options["dtype"]], options["scale"]
-    try:
+    with _running(f"cannot verify {name}"), np.errstate(over="ignore"):
         rng = np.random.default_rng(options["seed"])
         args = [np.asarray(scale * rng.normal(size=shape)).astype(dtype) for shape in arguments.shape]
+    if not all(np.isfinite(x).all() for x in args):
+        raise ArgumentError(None, f"--scale {scale} is out of the range of {options['dtype']}.")
+    with _running(f"cannot verify {name}"):
         report = verify.rule(f, *args, order=options["order"], seed=options["seed"])
-    except Exception as error:
-        raise ArgumentError(None, f"cannot verify {name}: {_sentence(error)}.") from None
     print(report)
     return int(not report.ok)
 
@@ -136,10 +138,8 @@ def _imported(name: str) -> Callable[..., Any]:
     module, _, path = name.partition(":")
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    try:
+    with _running(f"cannot import {module or 'a module without a name'}"):
         found = importlib.import_module(module)
-    except Exception as error:
-        raise ArgumentError(None, f"cannot import {module or 'a module without a name'}: {_sentence(error)}.") from None
     try:
         f = operator.attrgetter(path)(found)
     except AttributeError:
@@ -149,10 +149,14 @@ def _imported(name: str) -> Callable[..., Any]:
     return f
 
 
-def _sentence(error: Exception) -> str:
-    """An error of the user's code in one line."""
-    text = (str(error).strip() or "no message").splitlines()[0].removesuffix(".")
-    return f"{type(error).__name__}: {text}"
+@contextlib.contextmanager
+def _running(failure: str) -> Iterator[None]:
+    """An error of the user's code, or its `sys.exit`, is a mistake on the command line, told in one line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        text = (str(error).strip() or "no message").splitlines()[0].removesuffix(".")
+        raise ArgumentError(None, f"{failure}: {type(error).__name__}: {text}.") from None
 
 
 Row = tuple[str, ...]
