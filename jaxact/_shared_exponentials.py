@@ -40,10 +40,10 @@ def shares(x: Array, axis: Axes) -> bool:
 def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
     """The same where the sum over all but the largest class is wanted too.
 
-    So in arrays of up to 4 MB of float32. Of larger ones, to write and read all that several kernels need takes longer
-    than to find exponentials twice, in one kernel each.
+    So in arrays of 128 kB to 4 MB of float32. Of smaller ones it takes the more kernels as long to start; and of larger
+    ones to write and read what they need takes longer than to find exponentials twice, in one kernel each.
     """
-    return t is None and shares(x, axis) and size(x) <= 2**20
+    return t is None and shares(x, axis) and 2**15 < size(x) <= 2**20
 
 
 def shared_shift(peak: Array) -> Array:
