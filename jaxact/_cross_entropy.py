@@ -81,17 +81,10 @@ def _only_live(x: Array, live: Array | None) -> Array:
     return x if live is None else jnp.where(live[..., None], x, 0)
 
 
-def _label_losses_fwd(
-    classes: Classes,
-    x: Array,
-    y: Array,
-    live: Array | None,
-    weights: Array | None,
-    adjust: Adjustment,
-    differentiated: bool,
-) -> Any:
-    losses, total = label_losses(classes, x, y, live, weights, adjust, True)
-    return (losses, total), (x, y, live, weights, adjust, losses.nll, total)
+def _label_losses_fwd(classes: Classes, *arguments: Any) -> Any:
+    *given, _ = arguments
+    losses, total = label_losses(classes, *given, True)
+    return (losses, total), (*given, losses.nll, total)
 
 
 def _label_losses_bwd(classes: Classes, differentiated: bool, residuals: Any, cotangents: Any) -> Any:
