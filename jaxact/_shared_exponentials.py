@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxact._canonical import compute_dtype
 from jaxact._elementary import exp
 from jaxact._exponentials import (
     ROOM,
@@ -33,8 +32,12 @@ from jaxact._reductions import Axes, class_by_class, maximum, on_cpu, size, spre
 
 
 def shares(x: Array, axis: Axes) -> bool:
-    """Whether a derivative shares the exponentials of its value; those of 16-bit logits have twice their size."""
-    return on_cpu() and x.dtype == compute_dtype(x.dtype) and not class_by_class(x, axis)
+    """Whether a derivative shares the exponentials of its value.
+
+    Not of other dtypes: in 16 bits the logits have half the size, and in 64 the exponential is XLA's, with which the
+    library takes in the minimum and loses nan.
+    """
+    return on_cpu() and x.dtype == jnp.float32 and not class_by_class(x, axis)
 
 
 def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
