@@ -278,7 +278,7 @@ def _chunk(how: How, operands: Operands, tokens: Tokens, g: Rows | None, perturb
     # Beside the products a pass over logits is cheap. A branch keeps XLA from reusing their memory, and in second
     # derivatives an exponential that is not XLA's does so too. The entropy needs the maximum in any case.
     classes = Classes(how.axis_name, lean=g is not None or how.extras)
-    losses, total = label_losses(classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment())
+    losses, total = label_losses(classes, adjusted, tokens.y, tokens.live, smoothing, Adjustment(), False)
 
     def loss_of(losses: Losses, options: Options) -> Array:
         by_class = at_index(options.weights(z.shape[-1], z.dtype), tokens.y, how.axis_name)

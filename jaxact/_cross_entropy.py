@@ -56,7 +56,7 @@ def label_losses(
     live: Array | None,
     weights: Array | None,
     adjust: Adjustment,
-    differentiated: bool = False,
+    differentiated: bool,
 ) -> tuple[Losses, Total]:
     """The losses of logits `x` after adjustment, 0 where not live; and the sum they are made of, as a constant."""
     shared = differentiated and _shares(x, weights, adjust, classes)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, require_arrays, static_axis, widen
 from jaxact._classes import alike
+from jaxact._elementary import exp
 from jaxact._exponentials import (
     UNSHIFTED,
     Sums,
@@ -26,7 +27,7 @@ from jaxact._exponentials import (
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, maximum, spread, sum_over
 from jaxact._shared_exponentials import shared_exponentials, shared_shift, shares, softmax_of_shared
-from jaxact._softmax import _softmax
+from jaxact._softmax import softmax_of_sums
 
 
 def logsumexp(
@@ -144,7 +145,7 @@ def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
     peak = finite(top)
     shift = shared_shift(peak)
     total = sum_over(shared_exponentials(x, shift, axis), axis)
-    others = total / jnp.exp(peak - shift) - 1
+    others = total / exp(peak - shift) - 1
     out = top + jnp.log1p(others)
 
     # Near 0, what the sum has lost beside 1 counts.
@@ -168,7 +169,7 @@ def _logsumexp_bwd(axis: Axes, differentiated: bool, residuals: Any, cotangents:
     else:
         # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in softmax, to be widened
         # again.
-        p = _softmax(widen(lax.optimization_barrier(x)), None, Sums(*kept), axis, False)
+        p = softmax_of_sums(widen(lax.optimization_barrier(x)), None, Sums(*kept), axis, exp)
     return ((spread(widen(cotangents[0]), axis) * p).astype(x.dtype),)
 
 

@@ -23,14 +23,14 @@ from jaxact._exponentials import (
     unless_all,
 )
 from jaxact._forward_mode import forward_mode
+from jaxact._log_softmax import _log_softmax, kept_sums, without_mean
 from jaxact._reductions import at_once, class_by_class, maximum, sum_over
 from jaxact._shared_exponentials import shared_row_sums, shares_sums
-from jaxact._softmax import _log_softmax, kept_sums, without_mean
 
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def soft_losses(x: Array, q: Array, differentiated: bool = False) -> tuple[Array, RowSums]:
+def soft_losses(x: Array, q: Array, differentiated: bool) -> tuple[Array, RowSums]:
     """−Σ q log p of each row, and the sums it is made of, as constants."""
     axis = (x.ndim - 1,)
     if differentiated and shares_sums(x, None, axis):

@@ -145,7 +145,7 @@ def _of_integers(
             weights = jax.sharding.reshard(weights, NamedSharding(divided[0], P(None)))
     smoothing, classes = options.smoothing_weights(weights, dtype), Classes(axis_name)
     adjust = options.adjustment_about_maximum(x, live, classes)
-    rows, _ = label_losses(classes, x, y, live, smoothing, adjust)
+    rows, _ = label_losses(classes, x, y, live, smoothing, adjust, False)
     if options.z_loss is not None:
         rows = rows._replace(lse=rows.lse + adjust.shift)
     label_weight = at_index(weights, y, axis_name)
@@ -264,7 +264,7 @@ def _of_probabilities(
         q = (1 - options.label_smoothing) * q.astype(dtype) + jnp.where(exists, options.label_smoothing / count, 0)
     if weights is not None:
         q = q.astype(dtype) * as_row(weights, q.ndim)
-    loss, _ = soft_losses(*alike(z, q))
+    loss, _ = soft_losses(*alike(z, q), False)
     if options.z_loss is not None:
         loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1) + adjust.shift))
     return masked(loss, live, 0)
