@@ -13,12 +13,21 @@ from jax import Array, lax
 
 from jaxact._classes import Classes, as_divided, varying
 from jaxact._elementary import exp
-from jaxact._exponentials import Total, below, but_maximum, certain, finite, times_jacobian, undominated
+from jaxact._exponentials import (
+    Total,
+    below,
+    but_maximum,
+    certain,
+    finite,
+    scaled_exponentials,
+    times_jacobian,
+    undominated,
+)
 from jaxact._forward_mode import forward_mode
 from jaxact._label_sums import LabelSums, at_labels, label_logit, label_sums, others_exponentials, places_of
 from jaxact._options import Adjustment, Losses
 from jaxact._reductions import class_count
-from jaxact._shared_exponentials import shares
+from jaxact._shared_exponentials import shares, softmax_of_shared
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
@@ -193,7 +202,8 @@ _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 def _others_probabilities(classes: Classes, z: Array, y: Array, total: Total) -> Array:
     """The probabilities, and 0 at the label, of the exponentials that are shared."""
     e = others_exponentials(z, total.shift, y)
-    return jnp.where(e == 0, 0, e / total.sum)  # a sum of nan leaves alone what does not exist
+    total_of_e = total.sum * scaled_exponentials(total.shift, total.shift, ())
+    return jnp.where(e == 0, 0, e / total_of_e)  # a sum of nan leaves alone what does not exist
 
 
 def _others_probabilities_fwd(classes: Classes, z: Array, y: Array, total: Total) -> Any:
@@ -203,7 +213,8 @@ def _others_probabilities_fwd(classes: Classes, z: Array, y: Array, total: Total
 def _others_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
     z, y, total = residuals
     g = at_labels(lax.scatter, g, y, jnp.zeros_like(total.sum))
-    return times_jacobian(certain(_probabilities(classes, z, total)), g, classes.sum), None, None
+    p = softmax_of_shared(z, Total(*(a[..., 0] for a in total)), (z.ndim - 1,))
+    return times_jacobian(certain(p), g, classes.sum), None, None
 
 
 _others_probabilities.defvjp(_others_probabilities_fwd, _others_probabilities_bwd)

@@ -65,11 +65,19 @@ def exp(x: Array) -> Array:
     return two_to(k) * polynomial((1.0, 1.0, *_EXP), r)
 
 
-@exp.defjvp
-def _exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # Not the polynomial's derivative: that is off by several u more, and by up to half where the result is nearly 0.
-    y = exp(*primals)
-    return y, tangents[0] * y
+@jax.custom_jvp
+def exp_over(x: Array, n: Array) -> Array:
+    """eˣ/2ⁿ of float32, with whole n, where that is at most 2¹²⁷; 0 where it is not a normal number.
+
+    Up to |x| = 2⁸ it rounds as `exp` does: to take n off the exponent rounds nothing, as x − n·log 2 would.
+    """
+    k, r = _reduced(jnp.maximum(x, -(2.0**13)))  # as far as a product of k with half of log 2 is exact
+    return two_to(k, n) * polynomial((1.0, 1.0, *_EXP), r)
+
+
+# Not the polynomial's derivative: that is off by several u more, and by up to half where the result is nearly 0.
+exp.defjvps(lambda x_dot, y, _: x_dot * y)
+exp_over.defjvps(lambda x_dot, y, *_: x_dot * y, None)
 
 
 def log1p_of_fraction(e: Array) -> Array:
@@ -126,11 +134,15 @@ def _log_centred(exponent: Array, e: Array) -> Array:
     return exponent * (math.log(2) / 2**23) + (e + e * e * polynomial(_LOG1P_CENTRED, e))
 
 
-def two_to(k: Array) -> Array:
-    """2ᵏ of whole numbers from −126 to 127 in float32; 0 for −127."""
+def two_to(k: Array, n: Array | None = None) -> Array:
+    """2ᵏ of whole numbers from −126 to 127 in float32; 0 for −127. With `n`, 2ᵏ⁻ⁿ, and 0 for any less."""
     # The last bits of this sum are the exponent's. (A conversion to integers takes longer: it would mind nan.)
-    bits = lax.bitcast_convert_type(k.astype(jnp.float32) + (1.5 * 2**23 + 127), jnp.int32)
-    power = lax.bitcast_convert_type(lax.shift_left(bits, jnp.int32(23)), jnp.float32)
+    zero = 1.5 * 2**23
+    # (Its limit is a constant, which takes XLA less time than one for each row would.)
+    exponent = k.astype(jnp.float32) + (zero + 127) if n is None else jnp.maximum(k + (zero + 127 - n), zero)
+    power = lax.bitcast_convert_type(
+        lax.shift_left(lax.bitcast_convert_type(exponent, jnp.int32), jnp.int32(23)), jnp.float32
+    )
     return _typed_as(k, power)
 
 

@@ -19,12 +19,12 @@ from jaxact._exponentials import (
     Total,
     at_most,
     finite,
+    scaled_exponentials,
     undominated,
     unless_all,
     whole_shift,
 )
 from jaxact._options import Adjustment
-from jaxact._shared_exponentials import shared_exponentials, shared_shift
 
 
 class LabelSums(NamedTuple):
@@ -119,9 +119,9 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     return jnp.sum(but_label(across, place), -1, keepdims=True) + at_place
 
 
-def others_exponentials(z: Array, shift: Array, y: Array) -> Array:
-    """`shared_exponentials`, and 0 at the label: to write it takes less time than three operations for every class."""
-    return at_labels(lax.scatter, shared_exponentials(z, shift, ()), y, jnp.zeros_like(shift))
+def others_exponentials(z: Array, peak: Array, y: Array) -> Array:
+    """`scaled_exponentials`, and 0 at the label: to write it takes less time than three operations for every class."""
+    return at_labels(lax.scatter, scaled_exponentials(z, peak, ()), y, jnp.zeros_like(peak))
 
 
 def at_labels(scatter: Callable[..., Array], z: Array, y: Array, updates: Array) -> Array:
@@ -151,10 +151,10 @@ def label_sums(
     def about_maximum(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
         z = adjust(x)
         peak = finite(classes.max(z))
-        whole = shared_shift(peak)
+        whole = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
         at_peak = jnp.exp(peak - whole)
         if shared:
-            others = classes.sum(others_exponentials(z, whole, y)) / at_peak
+            others = classes.sum(others_exponentials(z, peak, y)) / scaled_exponentials(peak, peak, ())
         else:
             # The minimum changes +inf alone.
             others = classes.sum(but_label(jnp.exp(at_most(peak, z) - whole), y)) / at_peak
@@ -163,8 +163,8 @@ def label_sums(
         z_y = jnp.where(jnp.isfinite(z_y) & ~undominated(others), peak, z_y)
         at_label = jnp.exp(at_most(peak, z_y) - peak)
         both = jnp.maximum(at_label + others, 1)
-        # The entropy, which is asked for where memory counts, needs them about the maximum.
-        total = Total(peak, both) if classes.lean else Total(whole, both * at_peak)
+        # About the maximum are what is shared, and what the entropy needs, which is asked for where memory counts.
+        total = Total(peak, both) if classes.lean or shared else Total(whole, both * at_peak)
         return z_y, LabelSums(peak, at_label, others, total)
 
     if classes.lean or shared:

@@ -24,6 +24,7 @@ from jaxact._canonical import (
 from jaxact._exponentials import (
     RowSums,
     Sums,
+    Total,
     below,
     but_maximum,
     if_dominated,
@@ -129,7 +130,7 @@ _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 def kept_sums(x: Array, t: Array | None, sums: RowSums, axis: Axes) -> Any:
     """What `without_mean` needs of the sums."""
     if shares_sums(x, t, axis):
-        return Sums(sums.peak, sums.total)
+        return Total(sums.peak, sums.total)
     return None if at_once(x, axis) else sums
 
 
@@ -155,7 +156,7 @@ def without_mean(
         g = cotangent(*operands)
         return g if all_count else g * is_possible(x)
 
-    if isinstance(sums, Sums):
+    if isinstance(sums, Total):
         return without_mean_of_shared(counting(x, *operands), x, sums, axis)
 
     # At a class that has more than half, ȳ − p Σ ȳ cancels, and nothing is left of 1 − p where p rounds to 1.

@@ -20,13 +20,14 @@ from jaxact._exponentials import (
     but_maximum,
     finite,
     row_sums,
+    scaled_exponentials,
     total_unshifted,
     undominated,
     unless_all,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, maximum, spread, sum_over
-from jaxact._shared_exponentials import shared_exponentials, shared_shift, shares, softmax_of_shared
+from jaxact._shared_exponentials import shares, softmax_of_shared
 from jaxact._softmax import softmax_of_sums
 
 
@@ -120,7 +121,7 @@ def _logsumexp_of_any(
 def _logsumexp(x: Array, axis: Axes, differentiated: bool) -> tuple[Array, tuple[Array, Array]]:
     """The logarithm of the sum of exponentials over the axes, and what its derivative needs of it, as constants.
 
-    That is a `Total` where exponentials are shared with the derivative, and else `Sums`.
+    That is a `Total` about the maximum where exponentials are shared with the derivative, and else `Sums`.
     """
     if differentiated and shares(x, axis):
         return _of_shared(x, axis)
@@ -143,9 +144,8 @@ def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
     """The same where its exponentials are shared with the derivative."""
     top = maximum(x, axis)
     peak = finite(top)
-    shift = shared_shift(peak)
-    total = sum_over(shared_exponentials(x, shift, axis), axis)
-    others = total / exp(peak - shift) - 1
+    total = sum_over(scaled_exponentials(x, peak, axis), axis) / scaled_exponentials(peak, peak, ())
+    others = total - 1
     out = top + jnp.log1p(others)
 
     # Near 0, what the sum has lost beside 1 counts.
@@ -154,7 +154,7 @@ def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
         return jnp.where(undominated(others), out, top + jnp.log1p(alone))
 
     settled = undominated(others) | (jnp.abs(out) > 1)
-    return unless_all(settled, exact, lambda x, top, peak, out: out, x, top, peak, out), (shift, total)
+    return unless_all(settled, exact, lambda x, top, peak, out: out, x, top, peak, out), (peak, total)
 
 
 def _logsumexp_fwd(x: Array, axis: Axes, differentiated: bool) -> Any:

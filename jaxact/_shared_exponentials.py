@@ -12,20 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxact._elementary import exp
 from jaxact._exponentials import (
-    ROOM,
     RowSums,
-    Sums,
     Total,
     at_most,
     certain,
     finite,
     if_dominated,
     over_total,
+    scaled_exponentials,
     times_jacobian,
     undominated,
-    whole_shift,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, class_by_class, maximum, on_cpu, size, spread, sum_over
@@ -49,20 +46,12 @@ def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
     return t is None and shares(x, axis) and 2**15 < size(x) <= 2**20
 
 
-def shared_shift(peak: Array) -> Array:
-    return whole_shift(peak, ROOM, jnp.minimum(peak, 0))
-
-
-def shared_exponentials(x: Array, shift: Array, axis: Axes) -> Array:
-    # The minimum changes +inf alone, from which no shift can be taken.
-    return exp(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(shift, axis))
-
-
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def softmax_of_shared(x: Array, total: Total, axis: Axes) -> Array:
-    """Softmax over the axes, of the exponentials that were summed for the `total`, which is not differentiated."""
-    return over_total(shared_exponentials(x, total.shift, axis), total.sum, axis)
+    """Softmax over the axes, of exponentials that were summed for the `total`, which is not differentiated."""
+    at_peak = scaled_exponentials(total.shift, total.shift, ())
+    return over_total(scaled_exponentials(x, total.shift, axis), total.sum * at_peak, axis)
 
 
 def _softmax_of_shared_fwd(x: Array, total: Total, axis: Axes) -> tuple[Array, Array]:
@@ -79,8 +68,7 @@ softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)
 
 def shared_row_sums(x: Array, axis: Axes) -> RowSums:
     peak = finite(maximum(x, axis))
-    shift = shared_shift(peak)
-    e, at_peak = shared_exponentials(x, shift, axis), exp(peak - shift)
+    e, at_peak = scaled_exponentials(x, peak, axis), scaled_exponentials(peak, peak, ())
     total = sum_over(e, axis)
     all_but_one = total / at_peak - 1
 
@@ -92,19 +80,17 @@ def shared_row_sums(x: Array, axis: Axes) -> RowSums:
         return all_but_one
 
     others = if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one)
-    # Of many that are each just too small to count beside the one, a sum one after another loses all.
-    as_summed = undominated(all_but_one) | (total == 0)
-    return RowSums(peak, jnp.where(as_summed, total, at_peak * (1 + others)), others)
+    # Not the total: of many that are each just too small to count beside the one, a sum one after another loses all.
+    return RowSums(peak, jnp.where(total == 0, 0, 1 + others), others)
 
 
-def without_mean_of_shared(g: Array, x: Array, sums: Sums, axis: Axes) -> Array:
+def without_mean_of_shared(g: Array, x: Array, total: Total, axis: Axes) -> Array:
     """ȳ − p Σ ȳ. What of it cancels, at a class that has more than half, is minus the sum of the rest: all sum to 0."""
-    shift = shared_shift(sums.peak)
-    p = softmax_of_shared(x, Total(shift, sums.total), axis)
+    p = softmax_of_shared(x, total, axis)
     # The selection changes nothing, as p is 0 there. But the library takes in no selection, and so not the product with
     # it, for which it would need p in memory.
-    g_sum = jnp.where(sums.total == 0, 0, sum_over(g, axis))
-    others = sums.total / exp(sums.peak - shift) - 1
+    g_sum = jnp.where(total.sum == 0, 0, sum_over(g, axis))
+    others = total.sum - 1
 
     def dominates(x: Array, peak: Array, others: Array) -> Array:
         return _is_at_maximum(x, peak, axis) & ~spread(undominated(others), axis)
@@ -115,9 +101,9 @@ def without_mean_of_shared(g: Array, x: Array, sums: Sums, axis: Axes) -> Array:
     def quick(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
         return jnp.zeros_like(g_sum)
 
-    of_others = if_dominated(others, exact, quick, x, p, g, g_sum, sums.peak, others)
+    of_others = if_dominated(others, exact, quick, x, p, g, g_sum, total.shift, others)
     v = g - p * spread(g_sum, axis)
-    return jnp.where(dominates(x, sums.peak, others), -spread(of_others, axis), v)
+    return jnp.where(dominates(x, total.shift, others), -spread(of_others, axis), v)
 
 
 def _is_at_maximum(x: Array, peak: Array, axis: Axes) -> Array:

@@ -15,6 +15,7 @@ from jaxact._canonical import (
     as_float,
     canonical_axis,
     canonical_temperature,
+    compute_dtype,
     divisor,
     masked,
     require_array,
@@ -23,22 +24,21 @@ from jaxact._canonical import (
     widen,
 )
 from jaxact._classes import vary, varying
-from jaxact._elementary import exp
 from jaxact._exponentials import (
     Sums,
     at_most,
     certain,
     divided_by_total,
     exponentials,
+    finite,
     maximum_and_total,
     over_total,
+    scaled_exponentials,
     shift_about,
     times_jacobian,
-    total_unshifted,
-    unless_all,
 )
 from jaxact._forward_mode import forward_mode
-from jaxact._reductions import Axes, at_once, class_by_class, class_count, size, spread, sum_over
+from jaxact._reductions import Axes, at_once, class_by_class, class_count, maximum, on_cpu, size, spread, sum_over
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
@@ -106,19 +106,30 @@ def _softmax(x: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
     if t is None and _is_one_class(x, axis):
         return _of_one_class(x)
     divides = _divides(x, t, axis, summed)
+    if not summed and _by_own_exponential(x, t, axis):
+        peak = finite(widen(maximum(x, axis)))
+        e = scaled_exponentials(widen(x), peak, axis)
+        total = sum_over(e, axis)
+        # By a selection, which the library of XLA for CPU does not take in, and so nothing that follows the sum.
+        total = spread(jnp.where(total == 0, 1, total), axis)
+        return (e / jnp.maximum(e, total) if divides else e / total).astype(x.dtype)
+    (_, total), _, e = maximum_and_total(x, t, axis)
+    return (divided_by_total if divides else over_total)(e, total, axis).astype(x.dtype)
 
-    def about_maximum(x: Array, _: Any) -> Array:
-        sums, _, e = maximum_and_total(x, t, axis)
-        return (divided_by_total if divides else over_total)(e, sums.total, axis).astype(x.dtype)
 
-    # XLA has more than one exponential on CPU, and we have ours: beside a sum of another, one may exceed the whole.
-    def about_zero(x: Array, total: Array) -> Array:
-        return jnp.minimum(exp(widen(x)) / spread(total, axis), 1).astype(x.dtype)
+def _by_own_exponential(x: Array, t: Array | None, axis: Axes) -> bool:
+    """Whether exponentials are written to an array, by our own, which takes less time than to sum XLA's.
 
-    if divides or at_once(x, axis):
-        return about_maximum(x, None)  # to find it takes less time than a branch
-    total, in_range = total_unshifted(x, axis)
-    return unless_all(in_range, about_maximum, about_zero, x, total)
+    So it is on CPU, but of little, and where XLA makes one kernel of softmax and the array exceeds the cache.
+    """
+    most = 2**22 if at_once(x, axis) else math.inf
+    return (
+        t is None
+        and on_cpu()
+        and compute_dtype(x.dtype) == jnp.float32
+        and not class_by_class(x, axis)
+        and 2**15 < size(x) <= most
+    )
 
 
 def _is_one_class(x: Array, axis: Axes) -> bool:
