@@ -131,6 +131,14 @@ def scaled_exponentials(x: Array, peak: Array, axis: Axes) -> Array:
     return exp_over(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(by, axis), spread(n, axis))
 
 
+def written_sum(e: Array, axis: Axes) -> Array:
+    """The sum of an array that is in memory."""
+    total = sum_over(e, axis)
+    # It changes nothing. But the library of XLA for CPU takes in no selection, and so nothing that follows the sum,
+    # for each operation of which it takes as long as for the sum.
+    return jnp.where(total == 0, 0, total)
+
+
 def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Shift, Array]:
     """The sums, the shift, and the exponentials themselves."""
     peak = finite(widen(maximum(x, axis)))
@@ -161,7 +169,16 @@ def divided_by_total(e: Array, total: Array, axis: Axes) -> Array:
     return e / jnp.maximum(e, spread(total + 2.0**-100, axis))
 
 
-def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
+def undominated(others: Array) -> Array:
+    """Whether no class has much more than half of the sum. Where several attain the maximum none has.
+
+    The sum of the others, about the maximum, is then at least 1; but rounding may have left a little less.
+    """
+    return lax.stop_gradient(others) >= 0.75
+
+
+def row_sums(x: Array, t: Array | None, axis: Axes, suffices: Callable[[Array], Array] = undominated) -> RowSums:
+    """The sums of rows. `suffices` says where the sum less 1 may stand for that of the others."""
     if at_once(x, axis):
         return sums_at_once(x, t, axis)
     sums, shift, _ = maximum_and_total(x, t, axis)
@@ -178,7 +195,7 @@ def row_sums(x: Array, t: Array | None, axis: Axes) -> RowSums:
     def quick(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
         return all_but_one
 
-    return RowSums(*sums, if_dominated(all_but_one, exact, quick, x, shift, at_peak, all_but_one))
+    return RowSums(*sums, unless_all(suffices(all_but_one), exact, quick, x, shift, at_peak, all_but_one))
 
 
 def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:
@@ -221,14 +238,6 @@ def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., 
     two agree up to rounding.
     """
     return unless_all(undominated(others), exact, quick, *operands)
-
-
-def undominated(others: Array) -> Array:
-    """Whether no class has much more than half of the sum. Where several attain the maximum none has.
-
-    The sum of the others, about the maximum, is then at least 1; but rounding may have left a little less.
-    """
-    return lax.stop_gradient(others) >= 0.75
 
 
 def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:

@@ -23,6 +23,7 @@ from jaxact._exponentials import (
     undominated,
     unless_all,
     whole_shift,
+    written_sum,
 )
 from jaxact._options import Adjustment
 
@@ -154,7 +155,8 @@ def label_sums(
         whole = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
         at_peak = jnp.exp(peak - whole)
         if shared:
-            others = classes.sum(others_exponentials(z, peak, y)) / scaled_exponentials(peak, peak, ())
+            e = others_exponentials(z, peak, y)
+            others = written_sum(e, (e.ndim - 1,))[..., None] / scaled_exponentials(peak, peak, ())
         else:
             # The minimum changes +inf alone.
             others = classes.sum(but_label(jnp.exp(at_most(peak, z) - whole), y)) / at_peak

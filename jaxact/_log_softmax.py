@@ -33,7 +33,7 @@ from jaxact._exponentials import (
     undominated,
 )
 from jaxact._forward_mode import forward_mode
-from jaxact._reductions import Axes, at_once, maximum, spread, sum_over
+from jaxact._reductions import Axes, at_once, class_count, maximum, spread, sum_over
 from jaxact._shared_exponentials import shared_row_sums, shares_sums, without_mean_of_shared
 from jaxact._softmax import certain_softmax, softmax_of_sums, temperature_of
 
@@ -94,7 +94,8 @@ def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, tempe
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _log_softmax(x: Array, t: Array | None, axis: Axes, differentiated: bool) -> tuple[Array, RowSums]:
     """Log-softmax over the axes, and the sums it is made of, as constants."""
-    shared = differentiated and shares_sums(x, t, axis)
+    # Of fewer classes a row's own numbers, of which there are more, take the value alone what this saves.
+    shared = shares_sums(x, t, axis) and (differentiated or class_count(x, axis) >= 48)
     sums = shared_row_sums(x, axis) if shared else row_sums(x, t, axis)
     # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide. Not in one
     # kernel, which it would part.

@@ -24,6 +24,7 @@ from jaxact._exponentials import (
     total_unshifted,
     undominated,
     unless_all,
+    written_sum,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, maximum, spread, sum_over
@@ -127,15 +128,16 @@ def _logsumexp(x: Array, axis: Axes, differentiated: bool) -> tuple[Array, tuple
         return _of_shared(x, axis)
 
     def about_maximum(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:
-        sums = row_sums(x, None, axis)
-        return widen(maximum(x, axis)) + jnp.log1p(sums.others), Sums(sums.peak, sums.total)
+        top = widen(maximum(x, axis))
+        sums = row_sums(x, None, axis, functools.partial(_settled, top))
+        return top + jnp.log1p(sums.others), Sums(sums.peak, sums.total)
 
     def about_zero(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:
         return log_total, Sums(jnp.full_like(total, UNSHIFTED), total)
 
     total, in_range = total_unshifted(x, axis)
     log_total = jnp.log(total)
-    # Near 0, the logarithm lacks what the sum has lost beside 1.
+    # As in `_settled`.
     out, sums = unless_all(in_range & (log_total > 1), about_maximum, about_zero, x, total, log_total)
     return out.astype(x.dtype), (sums.peak, sums.total)
 
@@ -144,17 +146,21 @@ def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
     """The same where its exponentials are shared with the derivative."""
     top = maximum(x, axis)
     peak = finite(top)
-    total = sum_over(scaled_exponentials(x, peak, axis), axis) / scaled_exponentials(peak, peak, ())
+    total = written_sum(scaled_exponentials(x, peak, axis), axis) / scaled_exponentials(peak, peak, ())
     others = total - 1
-    out = top + jnp.log1p(others)
 
-    # Near 0, what the sum has lost beside 1 counts.
-    def exact(x: Array, top: Array, peak: Array, out: Array) -> Array:
+    def exact(x: Array, top: Array, peak: Array, others: Array) -> Array:
         alone = sum_over(jnp.exp(below(peak, x, axis)) * but_maximum(x, peak, axis), axis) / 2
-        return jnp.where(undominated(others), out, top + jnp.log1p(alone))
+        return jnp.where(undominated(others), others, alone)
 
-    settled = undominated(others) | (jnp.abs(out) > 1)
-    return unless_all(settled, exact, lambda x, top, peak, out: out, x, top, peak, out), (peak, total)
+    # Not of the exponentials, or they would be kept, and what the derivative makes of them not made in place.
+    others = unless_all(_settled(top, others), exact, lambda x, top, peak, others: others, x, top, peak, others)
+    return top + jnp.log1p(others), (peak, total)
+
+
+def _settled(top: Array, others: Array) -> Array:
+    """Whether it does not count in the logarithm what the sum of the others has lost beside 1: near 0 it does."""
+    return undominated(others) | (jnp.abs(top + jnp.log1p(others)) > 1)
 
 
 def _logsumexp_fwd(x: Array, axis: Axes, differentiated: bool) -> Any:

@@ -23,6 +23,7 @@ from jaxact._exponentials import (
     scaled_exponentials,
     times_jacobian,
     undominated,
+    written_sum,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, class_by_class, maximum, on_cpu, size, spread, sum_over
@@ -69,7 +70,7 @@ softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)
 def shared_row_sums(x: Array, axis: Axes) -> RowSums:
     peak = finite(maximum(x, axis))
     e, at_peak = scaled_exponentials(x, peak, axis), scaled_exponentials(peak, peak, ())
-    total = sum_over(e, axis)
+    total = written_sum(e, axis)
     all_but_one = total / at_peak - 1
 
     def exact(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:

@@ -36,6 +36,7 @@ from jaxact._exponentials import (
     scaled_exponentials,
     shift_about,
     times_jacobian,
+    written_sum,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._reductions import Axes, at_once, class_by_class, class_count, maximum, on_cpu, size, spread, sum_over
@@ -109,11 +110,9 @@ def _softmax(x: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
     if not summed and _by_own_exponential(x, t, axis):
         peak = finite(widen(maximum(x, axis)))
         e = scaled_exponentials(widen(x), peak, axis)
-        total = sum_over(e, axis)
-        # By a selection, which the library of XLA for CPU does not take in, and so nothing that follows the sum.
-        total = spread(jnp.where(total == 0, 1, total), axis)
-        return (e / jnp.maximum(e, total) if divides else e / total).astype(x.dtype)
-    (_, total), _, e = maximum_and_total(x, t, axis)
+        total = written_sum(e, axis)
+    else:
+        (_, total), _, e = maximum_and_total(x, t, axis)
     return (divided_by_total if divides else over_total)(e, total, axis).astype(x.dtype)
 
 
