@@ -167,7 +167,13 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
 
 
 def _cotangents(y: Array, t: Array | None, g: Array, axis: Axes, dtype: Any) -> tuple[Array, Array | None]:
-    z = times_jacobian(y, widen(g), lambda a: spread(sum_over(a, axis), axis))
+    def row_sum(a: Array) -> Array:
+        # A barrier for what `written_sum` has a selection: that of what is transposed would not be linear. Larger
+        # arrays need memory between two kernels, which takes longer, as the start of a kernel does for smaller ones.
+        total = sum_over(a, axis)
+        return spread(lax.optimization_barrier(total) if 2**17 <= size(y) <= 2**20 else total, axis)
+
+    z = times_jacobian(y, widen(g), row_sum)
     if t is None:
         return z.astype(dtype), None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.
