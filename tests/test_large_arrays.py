@@ -188,8 +188,8 @@ def test_more_classes_than_float32_can_count(ties: int) -> None:
     np.testing.assert_allclose(losses.softmax_cross_entropy(x, label), [want], rtol=500 * 2.0**-24)
 
 
-# On either side of where the sums need a shift: sums below 1 and above e⁶³; logarithms within 1 of 0.
-@pytest.mark.parametrize("offset", [0, -6.5, -7.4, -8, -9, -50, 40, 55.5, 56, 57, 70, 300])
+# On either side of where the sums need a shift: sums below 1 and above e⁶³; logarithms within 1 of 0; maxima about 256.
+@pytest.mark.parametrize("offset", [0, -6.5, -7.4, -8, -9, -50, 40, 55.5, 56, 57, 70, 252.5, 300, -259.5, -1e4, 1e6])
 @pytest.mark.parametrize("shape", [(150, 1000), (4096, 50), (300, 10)])
 def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None:
     x = np.float32(softmax_oracle.logits(1, *shape) + offset)
@@ -202,12 +202,18 @@ def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None
     assert (abs(np.asarray(value, np.float64) - want) <= 3 * 2.0**-24 * size).all()  # as above
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the memory of kernels on CPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_softmax_of_16_bits_needs_one_array_of_float32(dtype: str) -> None:
+    x = jnp.zeros((500, 300), dtype)
+    # And numbers for each row, two at most.
+    assert jax.jit(jaxact.softmax).lower(x).compile().memory_analysis().temp_size_in_bytes <= 4 * (x.size + 2 * len(x))
+
+
 # XLA of JAX 0.12 keeps the values of an iota inside a kernel of its library and may give them to a later kernel of
 # another shape. When it was such an iota that said where the label is, up to half of the losses of 2048 classes were
 # wrong after other numbers of classes: in 30 of 160 programs, but which is a matter of addresses. So the test is that
 # there is none. In JAX 0.10 there is, and 160 programs showed no error.
-
-
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel of XLA for CPU")
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA removes the barrier, and has not the defect")
 @pytest.mark.parametrize("shape", [(2048, 300), (2048, 1024), (512, 2048), (64, 8192)])
