@@ -1,6 +1,6 @@
-"""Exponentials that a value shares with its gradient, on CPU.
+"""Exponentials that a value shares with its gradient, or with a second sum of its own, on CPU.
 
-Of a value alone, XLA's library of kernels finds the exponentials as it sums them, and nothing is written to memory. But
+Where they are wanted once, XLA's library of kernels finds them as it sums them, and nothing is written to memory. But
 every operation beside a sum takes long there, and a gradient would find them again. Where one follows, they are an
 array, by our own exponential, which the library sums plainly, and of which the gradient is made in place. XLA sees that
 the two are the same as long as no barrier or branch lies between them. What a rule keeps is the logits, as ever.
@@ -39,7 +39,7 @@ def shares(x: Array, axis: Axes) -> bool:
 
 
 def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
-    """The same where the sum over all but the largest class is wanted too.
+    """Whether the sum over all but the largest class shares them too.
 
     So in arrays of 128 kB to 4 MB of float32. Of smaller ones it takes the more kernels as long to start; and of larger
     ones to write and read what they need takes longer than to find exponentials twice, in one kernel each.
