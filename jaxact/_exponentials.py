@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxact._branches import unless_all
 from jaxact._canonical import widen
 from jaxact._elementary import exp_over
 from jaxact._reductions import (
@@ -22,8 +23,6 @@ from jaxact._reductions import (
     class_by_class,
     class_count,
     maximum,
-    on_cpu,
-    size,
     spread,
     sum_but_largest,
     sum_over,
@@ -238,28 +237,6 @@ def if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., 
     two agree up to rounding.
     """
     return unless_all(undominated(others), exact, quick, *operands)
-
-
-def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
-    """`exact(*operands)`, for which `quick` may stand in where the condition holds throughout.
-
-    On CPU a pass over the logits is what costs, and is left out where no row needs it. Elsewhere a branch on a value
-    that the device has computed may cost more than the pass, and so it does for few numbers.
-    """
-    if not on_cpu() or max(map(size, jax.tree.leaves(operands))) <= 2**11:
-        return exact(*operands)
-    return lax.cond(_all(condition), quick, exact, *operands)
-
-
-@jax.custom_batching.custom_vmap
-def _all(condition: Array) -> Array:
-    """`jnp.all`, over the batch too when batched, so that the branch on it remains one."""
-    return jnp.all(condition)
-
-
-@_all.def_vmap
-def _all_of_batch(size: int, batched: list[bool], condition: Array) -> tuple[Array, bool]:
-    return _all(condition), False
 
 
 @jax.custom_jvp

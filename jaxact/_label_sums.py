@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxact._branches import unless_all
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_row
 from jaxact._elementary import exp
@@ -21,7 +22,6 @@ from jaxact._exponentials import (
     finite,
     scaled_exponentials,
     undominated,
-    unless_all,
     whole_shift,
     written_sum,
 )

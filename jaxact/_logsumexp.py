@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxact._branches import unless_all
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, require_arrays, static_axis, widen
 from jaxact._classes import alike
 from jaxact._elementary import exp
@@ -23,7 +24,6 @@ from jaxact._exponentials import (
     scaled_exponentials,
     total_unshifted,
     undominated,
-    unless_all,
     written_sum,
 )
 from jaxact._forward_mode import forward_mode

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxact._branches import unless_all
 from jaxact._canonical import widen
 from jaxact._exponentials import (
     RowSums,
@@ -19,7 +20,6 @@ from jaxact._exponentials import (
     is_largest,
     row_sums,
     sums_at_once,
-    unless_all,
 )
 from jaxact._forward_mode import forward_mode
 from jaxact._log_softmax import _log_softmax, kept_sums, without_mean
