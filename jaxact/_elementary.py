@@ -71,7 +71,7 @@ def exp_over(x: Array, n: Array) -> Array:
 
     Up to |x| = 2⁸ it rounds as `exp` does: to take n off the exponent rounds nothing, as x − n·log 2 would.
     """
-    k, r = _reduced(jnp.maximum(x, -(2.0**13)))  # as far as a product of k with half of log 2 is exact
+    k, r = _reduced(jnp.maximum(x, -(2.0**13)))  # so far k times the first part of log 2 is exact
     return two_to(k, n) * polynomial((1.0, 1.0, *_EXP), r)
 
 

@@ -124,7 +124,7 @@ def scaled_exponentials(x: Array, peak: Array, axis: Axes) -> Array:
 
     No logit is rounded: of one near a large m the difference x − m is exact, and others need none.
     """
-    by = jnp.where(jnp.abs(peak) <= 2.0**8, 0, peak)  # nan of nan
+    by = jnp.where(jnp.abs(peak) <= 2.0**8, 0, peak)  # so a peak of nan leaves none a number
     n = jnp.floor((peak - by) / math.log(2)) - 1
     # The minimum changes +inf alone, from which nothing can be taken.
     return exp_over(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(by, axis), spread(n, axis))

@@ -97,8 +97,8 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes, differentiated: bool) ->
     # Of fewer classes a row's own numbers, of which there are more, take the value alone what this saves.
     shared = shares_sums(x, t, axis) and (differentiated or class_count(x, axis) >= 48)
     sums = shared_row_sums(x, axis) if shared else row_sums(x, t, axis)
-    # Behind a barrier, as in softmax: XLA would otherwise write down what the sums have found already, wide. Not in one
-    # kernel, which it would part.
+    # Behind a barrier, as in `softmax_of_sums`: XLA would otherwise write down what the sums have found already, wide.
+    # Not in one kernel, which it would part.
     again, peak = (x, sums.peak) if shared or at_once(x, axis) else lax.optimization_barrier((x, sums.peak))
     d = below(peak, widen(again), axis)
     # Beside +inf every other class is impossible. d is 0 or at least an ulp of the largest number, so the product

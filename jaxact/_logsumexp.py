@@ -173,8 +173,8 @@ def _logsumexp_bwd(axis: Axes, differentiated: bool, residuals: Any, cotangents:
     if shares(x, axis):
         p = softmax_of_shared(x, Total(*kept), axis)
     else:
-        # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in softmax, to be widened
-        # again.
+        # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in `softmax_of_sums`, to be
+        # widened again.
         p = softmax_of_sums(widen(lax.optimization_barrier(x)), None, Sums(*kept), axis, exp)
     return ((spread(widen(cotangents[0]), axis) * p).astype(x.dtype),)
 

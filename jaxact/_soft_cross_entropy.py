@@ -60,7 +60,7 @@ def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
         # Not the total: XLA of JAX 0.10 finds again, for each class, what has two uses.
         left = jnp.where(maximum(x, axis) == -jnp.inf, 0, jnp.ones_like(sums.total))
         return exact(x, q, sums._replace(total=left)), sums
-    # Behind a barrier, as in softmax, for the logits to be widened again and not kept from where they were summed.
+    # Behind a barrier, as in `softmax_of_sums`, for the logits to be widened again and not kept from the sum.
     loss = quick(*((x, q, sums) if at_once(x, axis) else lax.optimization_barrier((x, q, sums))))
 
     def anew(x: Array, q: Array, loss: Array) -> Array:
