@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._reductions import on_cpu, size
+from jaxact._reductions import few, on_cpu
 
 
 def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[..., Any], *operands: Any) -> Any:
@@ -16,7 +16,7 @@ def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[...,
     On CPU a pass over the logits is what costs, and is left out where no row needs it. Elsewhere a branch on a value
     that the device has computed may cost more than the pass, and so it does for few numbers.
     """
-    if not on_cpu() or max(map(size, jax.tree.leaves(operands))) <= 2**11:
+    if not on_cpu() or few(*jax.tree.leaves(operands)):
         return exact(*operands)
     return lax.cond(_all(condition), quick, exact, *operands)
 

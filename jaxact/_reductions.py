@@ -71,11 +71,16 @@ def on_cpu() -> bool:
 def at_once(x: Array, axis: Axes) -> bool:
     """Whether to go through all rows at once, since a branch that may save a pass takes longer than the pass.
 
-    So it is class by class, and of at least 4096 rows that lie one after another: there XLA for CPU makes one kernel of
-    softmax, however often it goes through a row.
+    So it is class by class, of few numbers, and of at least 4096 rows that lie one after another: there XLA for CPU
+    makes one kernel of softmax, however often it goes through a row.
     """
     contiguous = axis == tuple(range(x.ndim - len(axis), x.ndim))
-    return class_by_class(x, axis) or (contiguous and size(x) >= 4096 * class_count(x, axis) > 0)
+    return class_by_class(x, axis) or few(x) or (contiguous and size(x) >= 4096 * class_count(x, axis) > 0)
+
+
+def few(*arrays: Array) -> bool:
+    """Whether there are so few numbers that to go through them takes no time."""
+    return max(map(size, arrays)) <= 2**11
 
 
 def class_count(x: Array, axis: Axes) -> int:

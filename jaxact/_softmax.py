@@ -39,7 +39,7 @@ from jaxact._exponentials import (
     written_sum,
 )
 from jaxact._forward_mode import forward_mode
-from jaxact._reductions import Axes, at_once, class_by_class, class_count, maximum, on_cpu, size, spread, sum_over
+from jaxact._reductions import Axes, at_once, class_by_class, class_count, few, maximum, on_cpu, size, spread, sum_over
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
@@ -142,7 +142,7 @@ def _of_one_class(x: Array) -> Array:
 
 def _divides(x: Array, t: Array | None, axis: Axes, summed: bool) -> bool:
     """Whether what takes everything is exactly 1, by a division. Its time is won back where none need be `certain`."""
-    if at_once(x, axis):
+    if at_once(x, axis) and not few(x):
         # Of few classes the value has it for little. In one kernel it takes less time than `certain`.
         return class_by_class(x, axis) != summed
     return t is not None or summed or size(x) < 2**17
