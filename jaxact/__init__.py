@@ -1,16 +1,31 @@
 import importlib
 from typing import Any
 
-from jaxact import losses as losses
-from jaxact._forward_mode import forward_mode as forward_mode
-from jaxact._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from jaxact._log_softmax import log_softmax as log_softmax
-from jaxact._logsumexp import logsumexp as logsumexp
-from jaxact._sigmoid import log_sigmoid as log_sigmoid, logit as logit, sigmoid as sigmoid, softplus as softplus
-from jaxact._softmax import softmax as softmax
+from jaxact import losses
+from jaxact._forward_mode import forward_mode
+from jaxact._linear_cross_entropy import linear_cross_entropy
+from jaxact._log_softmax import log_softmax
+from jaxact._logsumexp import logsumexp
+from jaxact._sigmoid import log_sigmoid, logit, sigmoid, softplus
+from jaxact._softmax import softmax
 
 # Not imported above: they take longer than the rest, and few programs use them.
 _LATER = ("classifiers", "verify")
+
+__all__ = [
+    "classifiers",
+    "forward_mode",
+    "linear_cross_entropy",
+    "log_sigmoid",
+    "log_softmax",
+    "logit",
+    "logsumexp",
+    "losses",
+    "sigmoid",
+    "softmax",
+    "softplus",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +37,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, "__version__"})
+    return sorted([*__all__, "__version__"])

@@ -135,10 +135,12 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
 
 
 def _not_transposable(f: jax.custom_vjp, error: Exception) -> str:
-    name = getattr(f, "__name__", repr(f))
+    name, why = getattr(f, "__name__", repr(f)), f" ({type(error).__name__}: {str(error).strip() or 'no message'})"
+    if isinstance(error, AssertionError):  # of JAX's, to itself
+        why = ""
     return (
         f"forward_mode: the backward rule of {name!r} cannot be transposed, so there is no forward mode to derive "
-        f"from it ({type(error).__name__}: {str(error).strip() or 'no message'}). Either it is not linear in the "
+        f"from it{why}. Either it is not linear in the "
         "cotangent, or returns another shape or dtype than the argument has, which makes it wrong, or it applies to "
         "the cotangent an operation without a transpose (lax.while_loop, another custom rule, a kernel). Write the "
         "rule with transposable operations, or use jax.custom_vjp alone if reverse mode is enough."

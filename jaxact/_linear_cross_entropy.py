@@ -1,6 +1,7 @@
 """linear_cross_entropy: the last projection and its loss, over chunks of tokens, without ever holding all logits."""
 
 import functools
+from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -128,10 +129,14 @@ def linear_cross_entropy(
         raise TypeError(f"accum_dtype must be a float type, got {accum_dtype!r}.")
     if jnp.finfo(accum_dtype).bits < 32:
         raise ValueError(f"accum_dtype must have at least 32 bits, got {jnp.dtype(accum_dtype)}.")
+    if jax.dtypes.canonicalize_dtype(accum_dtype) != jnp.dtype(accum_dtype):
+        raise ValueError(f"accum_dtype must be float32 where jax_enable_x64 is off, got {jnp.dtype(accum_dtype)}.")
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    if not isinstance(precision, Hashable):
+        raise TypeError(f"precision must be one of jax.lax.Precision, a name of it, or a pair, got {precision!r}.")
     how = How(
         int(w_layout == "dv"), None if chunk == "auto" else canonical_int("chunk", chunk, 1), jnp.dtype(accum_dtype),
-        tuple(precision) if isinstance(precision, list) else precision,
-        static_axis_name(axis_name), bool(return_aux),
+        precision, static_axis_name(axis_name), bool(return_aux),
     )  # fmt: skip
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
     for name, value in (("x", x), ("w", w), ("labels", labels)):

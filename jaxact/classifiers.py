@@ -80,6 +80,8 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
         >>> print(cross_entropy(jnp.array([[-30.0, 0.0, 0.0]]), jnp.array([1])).round(4))
         [0.6931]
     """
+    if z.ndim != 2 or y.shape != z.shape[:1]:
+        raise ValueError(f"z must have shape (examples, logits) and y (examples,), got {z.shape} and {y.shape}.")
     _, exists = label_index(y, max(z.shape[1], 2), None)
     # As a factor nan reaches the gradient too.
     return softplus(log_odds_against(z * jnp.where(exists, 1, jnp.nan)[:, None], y))
@@ -241,6 +243,8 @@ def train_twins(
 
     def transformation(rate: float, decay: float) -> Any:
         update = (optimizer or optax.sgd)(rate)
+        if not (hasattr(update, "init") and hasattr(update, "update")):
+            raise TypeError(f"optimizer must return an optax transformation, got {update!r}.")
         return optax.chain(update, optax.add_decayed_weights(-rate * decay)) if decay else update
 
     w = initialise(jax.random.key(0) if key is None else key, x.shape[1], 1, x.dtype)
@@ -258,7 +262,10 @@ def train_twins(
 
 
 def _checked_data(x: ArrayLike, y: ArrayLike) -> tuple[Array, Array]:
-    features, labels = np.asarray(x), np.asarray(y)
+    try:
+        features, labels = np.asarray(x), np.asarray(y)
+    except ValueError:
+        raise ValueError("x and y must be arrays, got rows of different lengths.") from None
     if features.ndim != 2:
         raise ValueError(f"x must have shape (examples, features), got {features.shape}.")
     if labels.ndim != 1 or len(labels) != len(features):

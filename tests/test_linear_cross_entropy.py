@@ -299,6 +299,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("reduction", {"reduction": "avg"}, ValueError), ("chunk", {"chunk": 0}, ValueError),
     ("chunk", {"chunk": 1.5}, TypeError), ("accum_dtype", {"accum_dtype": int}, TypeError),
     ("accum_dtype", {"accum_dtype": jnp.float16}, ValueError),
+    ("accum_dtype", {"accum_dtype": jnp.float64}, ValueError), ("precision", {"precision": {}}, TypeError),
     ("Precision", {"precision": "sharp"}, ValueError), ("axis_name", {"axis_name": np.zeros(2)}, TypeError),
 ]  # fmt: skip
 

@@ -170,7 +170,8 @@ def test_edges() -> None:
     assert rule(jaxact.softplus, x, edges={-np.inf: 0.0, np.inf: 1.0, 0.0: 0.5, np.nan: np.nan}).ok
     report = rule(jaxact.softplus, x, edges={0.0: 0.25})
     assert report.verdict == "refuted"
-    assert "at the edge x = 0.0" in report.reasons[0]
+    assert report.reasons[0] == "at x = 0, reverse mode gives 0.5 where edges= says 0.25"
+    assert report.witness.splitlines()[-1].startswith("jax.vjp(f, jnp.array([0.0], jnp.float32))[1]")
     # Away from the arguments, where the sweep looks.
     assert "at x = " in rule(jax.nn.sigmoid, x).reasons[0]
     # Right down to −40, and then 0 where e^x is not yet.
@@ -187,6 +188,61 @@ def test_edges() -> None:
         assert {c.name: c.verdict for c in report.checks}["edges"] == "absent"
     with pytest.raises(ValueError, match="labels must broadcast"):
         rule(with_labels, here, edges={1.0: 0.5})
+
+
+def with_slope(f: Any, slope: Any) -> Any:
+    ruled: Any = jax.custom_vjp(f)
+    ruled.defvjp(lambda x: (f(x), x), lambda x, g: (g * slope(x),))
+    return ruled
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_kink_in_the_sweep(dtype: str) -> None:
+    """No slope there is known, but none is nan, or beyond those beside it."""
+    x = jnp.linspace(-3, 3, 12).astype(dtype)
+    rule: Any = functools.partial(verify.rule, transforms=())
+    nan, seven = lambda x: x / jnp.abs(x), lambda x: jnp.where(x == 0, 7, jnp.sign(x))
+    for slope, due in (nan, "where f is 0"), (seven, "gives 7 where the slopes beside it are -1 and 1"):
+        report = rule(with_slope(jnp.abs, slope), x)
+        assert report.verdict == "refuted"
+        assert "at x = -0, reverse mode gives" in report.reasons[0]
+        assert due in report.reasons[0]
+        assert "jnp.array([-0.0]" in report.witness
+    hinge, one = lambda x: jnp.maximum(0, 1 - x), lambda x: jnp.where(x == 1, jnp.nan, jnp.where(x < 1, -1, 0))
+    assert "at x = 1, reverse mode gives nan" in rule(with_slope(hinge, lambda x: one(x).astype(x.dtype)), x).reasons[0]
+    # Any number between them will do, and so does no number where there is no slope: of a root at 0 it is infinite.
+    for f in (jax.nn.relu, jnp.sqrt, jnp.round):
+        report = rule(f, jnp.abs(x))
+        assert report.ok, str(report)
+        assert "not known at" in str(report)
+
+
+def test_the_sweep_says_where_f_is_finite() -> None:
+    report = verify.rule(lambda x: x**4, jnp.array([0.5, 1.5]), transforms=())
+    (edges,) = (c.detail for c in report.checks if c.name == "edges")
+    assert re.fullmatch(
+        r"(\d+) of a sweep of \d+ inputs, of which f is finite at \1, from -5.*e\+08 to 5.*e\+08", edges
+    )
+
+
+def test_infinite_arguments() -> None:
+    """They are exact, so that others may still be rounded; and what is infinite has no derivative that is known."""
+    x = np.float32(np.random.default_rng(0).normal(size=(5, 6)))
+    rows: Any = functools.partial(jaxact.logsumexp, axis=-1)
+    labels = np.zeros(5, np.int32)
+    loss: Any = functools.partial(jaxact.losses.softmax_cross_entropy_with_integer_labels, labels=labels)
+    x[0, 1] = -np.inf
+    for f in (jaxact.softmax, rows, loss, lambda x: jnp.exp(jnp.where(x > -9, x, -9)) / 3 * 1.1):
+        report = verify.rule(f, x)
+        assert report.ok, str(report)
+    x[0, 1] = np.inf
+    for f in (jaxact.log_softmax, loss):
+        report = verify.rule(f, x, transforms=("jit",))
+        assert report.verdict == "inconclusive", str(report)
+        assert "f is not finite there" in report.reasons[0]
+    x[0, 1] = np.nan
+    report = verify.rule(lambda x: jnp.exp(jnp.where(x > -9, x, -9)), x, transforms=("jit",))
+    assert report.verdict != "refuted", str(report)
 
 
 def test_modes() -> None:
@@ -382,14 +438,24 @@ def test_bad_arguments() -> None:
         verify.rule(jnp.sin, 1)
     with pytest.raises(TypeError, match="f must return a float array"):
         verify.rule(jnp.argmax, x)
-    with pytest.raises(ValueError, match="modes must be"):
-        verify.rule(jnp.sin, x, modes="backward")
-    with pytest.raises(ValueError, match="transforms must be of"):
-        verify.rule(jnp.sin, x, transforms=("pmap",))
-    with pytest.raises(ValueError, match="order and directions must be at least 1"):
-        verify.rule(jnp.sin, x, order=0)
-    with pytest.raises(ValueError, match="bound must be positive"):
-        verify.rule(jnp.sin, x, bound=-1)
+    for error, message, option in [
+        (ValueError, "modes must be", {"modes": "backward"}),
+        (ValueError, "modes must be", {"modes": ()}),
+        (TypeError, "modes must be of .*, got 3", {"modes": 3}),
+        (ValueError, "transforms must be of .*, got .'pmap'", {"transforms": ("pmap",)}),
+        (TypeError, "transforms must be of .*, got 3", {"transforms": 3}),
+        (ValueError, "order must be at least 1, got 0", {"order": 0}),
+        (ValueError, "seed must be at least 0, got -1", {"seed": -1}),
+        (TypeError, "directions must be an integer, got 1.5", {"directions": 1.5}),
+        (TypeError, "reference must be a function or None, got 3", {"reference": 3}),
+        (TypeError, "derivative must be a function or None, got 3", {"derivative": 3}),
+        (ValueError, "bound must be positive", {"bound": -1}),
+        (TypeError, "bound must be a number or None, got 'a'", {"bound": "a"}),
+        (TypeError, "bound must be a number or None, got Array", {"bound": jnp.ones(3)}),
+        (TypeError, "edges must be a dict from numbers to numbers, got {'a': 1}", {"edges": {"a": 1}}),
+    ]:
+        with pytest.raises(error, match=message):  # type: ignore[arg-type]
+            verify.rule(jnp.sin, x, **option)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bound must be finite and not negative, got -1"):
         verify.values(jnp.sin, np.sin, dtype=jnp.bfloat16, bound=-1)
     with pytest.raises(ValueError, match=r'points must be an array or "all", got \'al\''):

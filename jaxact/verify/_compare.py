@@ -59,7 +59,7 @@ class Comparison(NamedTuple):
         # from −log of that on, and a factor like x or x².
         lost, factors = self.problem.lost, np.abs(vectors)
         if self.oracle.layout.elementwise:
-            factors = factors * (1 + np.minimum(np.abs(self.problem.x), -np.log(lost))) ** 2
+            factors = factors * (1 + np.fmin(np.abs(self.problem.x), -np.log(lost))) ** 2  # of an input of nan too
         else:
             factors = factors.sum(1, keepdims=True)
         floor = 4 * lost * (1 + factors)

@@ -74,16 +74,23 @@ def _fraction(verdicts: Verdicts) -> str:
     return f"{int(verdicts.wrong.any(0).sum())} of {verdicts.wrong.shape[1]} elements are off"
 
 
+IMPORTS = "import jax, jax.numpy as jnp"
+
+
+def witness_at(problem: Problem, mode: str, x: float, v: float, came: str, due: str) -> str:
+    """Lines for a REPL that show an elementwise function at one input, times one number."""
+    dtype = np.dtype(problem.dtype).name
+    x, v = (f"jnp.array([{float(a)!r}], jnp.{dtype})" for a in (x, v))
+    call = f"jax.vjp(f, {x})[1]({v})[0]" if mode == "reverse" else f"jax.jvp(f, ({x},), ({v},))[1]"
+    return f"{IMPORTS}\n{call}  # {came}, should be {due}"
+
+
 def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, verdicts: Verdicts, c: int, i: int) -> str:
     """Lines for a REPL. An elementwise function is shown at the one input, others at the arguments as given."""
     came, due = apart(verdicts.got[c, i], verdicts.product.want[c, i])
-    dtype = np.dtype(problem.dtype).name
-    lines = ["import jax, jax.numpy as jnp"]
     if oracle.layout.elementwise and vector[i] != 0:
-        v = f"jnp.array([{float(vector[i])!r}], jnp.{dtype})"
-        array = f"jnp.array([{float(problem.x[i])!r}], jnp.{dtype})"
-        call = f"jax.vjp(f, {array})[1]({v})[0]" if mode == "reverse" else f"jax.jvp(f, ({array},), ({v},))[1]"
-        return "\n".join([*lines, f"{call}  # {came}, should be {due}"])
+        return witness_at(problem, mode, problem.x[i], vector[i], came, due)
+    lines = [IMPORTS]
     shapes = problem.vector_shapes(mode)
     hot = np.flatnonzero(vector)
     if len(hot) == 1 and len(shapes) == 1:

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxact.verify._compare import Comparison, close
+from jaxact.verify._diagnosis import witness_at
 from jaxact.verify._jacobian import Layout, autodiff
 from jaxact.verify._oracle import find_oracle, is_elementwise
 from jaxact.verify._other_values import other_value
@@ -29,8 +30,10 @@ def sweep(dtype: Any) -> np.ndarray:
     return np.concatenate([-points[::-1], points])
 
 
-def given_points(problem: Problem, given: dict[float, float], modes: tuple[str, ...], bound: float) -> Check:
-    """`f` at the inputs, and with the derivatives, that the user gives."""
+def given_points(
+    problem: Problem, given: dict[float, float], modes: tuple[str, ...], bound: float
+) -> tuple[Check, str]:
+    """`f` at the inputs, and with the derivatives, that the user gives; and lines that show what is wrong."""
     x = np.array([*given], np.float64).astype(problem.in_shapes[0][1])
     problem, exact = _at(x, problem), np.array([*given.values()], np.float64)
     for mode in modes:
@@ -38,26 +41,26 @@ def given_points(problem: Problem, given: dict[float, float], modes: tuple[str, 
         wrong = ~close(got, exact, bound * problem.unit * np.abs(exact))
         if wrong.any():
             i = int(np.argmax(wrong))
-            return Check("edges", REFUTED, f"at the edge x = {x[i]}, {mode} mode gives {got[i]:.6g} for {exact[i]:.6g}")
-    return Check("edges", VERIFIED, f"{len(x)} given inputs")
+            return _refuted(problem, mode, i, *apart(got[i], exact[i]), "edges= says")
+    return Check("edges", VERIFIED, f"{len(x)} given inputs"), ""
 
 
 def swept_points(
     comparison: Comparison, reference: Any, derivative: Any, modes: tuple[str, ...], rng: np.random.Generator
-) -> Check:
-    """`f` at the sweep, where the function and the oracle are finite."""
+) -> tuple[Check, str]:
+    """`f` at the sweep, where the function is finite; and lines that show what is wrong."""
     here, bound = comparison.problem, comparison.bound
     x = sweep(here.in_shapes[0][1])
     try:
         problem = _at(x, here)
     except Exception as error:  # f may hold an array of the shape of its argument: labels, or a mask
-        return Check("edges", ABSENT, f"f takes no array of shape {x.shape}: {first_line(error)}")
+        return Check("edges", ABSENT, f"f takes no array of shape {x.shape}: {first_line(error)}"), ""
     # At one point, or at special ones, the Jacobian of any function may be diagonal.
     if problem.out_shapes[0][0] != x.shape or not is_elementwise(problem, rng):
-        return Check("edges", ABSENT, "f is not elementwise in the sweep")
-    finite = np.isfinite(problem.value())
+        return Check("edges", ABSENT, "f is not elementwise in the sweep"), ""
+    finite, count = np.isfinite(problem.value()), len(x)
     if not finite.any():
-        return Check("edges", ABSENT, "f is finite nowhere in the sweep")
+        return Check("edges", ABSENT, "f is finite nowhere in the sweep"), ""
     x = x[finite]
     problem = _at(x, here)
     oracle = find_oracle(problem, reference, derivative, bound, rng, elementwise=True)
@@ -65,20 +68,67 @@ def swept_points(
     other = other_value(comparison, modes, reference)
     if other is not None:
         name, i, came, due = other
-        return Check("edges", REFUTED, f"at x = {x[i]}, {name} is {came} where f is {due}")
-    known = 0
+        return Check("edges", REFUTED, f"at x = {x[i]}, {name} is {came} where f is {due}"), ""
+    vectors, known = np.ones((1, len(x))), np.ones(len(x), bool)
+    low, high = _beside(comparison, reference)
     for mode in modes:
-        vectors = np.ones((1, len(x))) * (oracle.credible if mode == "reverse" else 1.0)
         got = problem.products(mode, "eager", vectors)
         verdicts = comparison.products(mode, vectors, got)
-        wrong = verdicts.wrong[0]
-        explained = wrong & _explained(comparison, got[0], rng) if wrong.any() else wrong
+        wrong, slope, value = verdicts.wrong[0], got[0], problem.value()
+        explained = wrong & _explained(comparison, slope, rng) if wrong.any() else wrong
         if (wrong & ~explained).any():
             i = int(np.argmax(wrong & ~explained))
-            came, due = apart(got[0, i], verdicts.product.want[0, i])
-            return Check("edges", REFUTED, f"at x = {x[i]}, {mode} mode gives {came} where the derivative is {due}")
-        known = int((~verdicts.unresolved[0] & ~explained & oracle.credible).sum())
-    return Check("edges", VERIFIED, f"{known} of a sweep of {len(x)} inputs from {x.min():.3g} to {x.max():.3g}")
+            return _refuted(problem, mode, i, *apart(slope[i], verdicts.product.want[0, i]), "the derivative is")
+        # No slope is nan; and at a kink it lies between those beside it.
+        if (strange := np.isnan(slope) & ~oracle.credible).any():
+            i = int(np.argmax(strange))
+            return _refuted(problem, mode, i, "nan", f"{value[i]:.5g}", "f is", "a number")
+        slack = 2 * BLUR * np.maximum(np.abs(low), np.abs(high)) + verdicts.floor[0]
+        if (strange := (slope < low - slack) | (slope > high + slack)).any():
+            i = int(np.argmax(strange))
+            beside = f"{low[i]:.5g} and {high[i]:.5g}"
+            return _refuted(
+                problem, mode, i, f"{slope[i]:.5g}", beside, "the slopes beside it are", f"between {beside}"
+            )
+        known &= ~verdicts.unresolved[0] & ~explained & oracle.credible
+    among = "" if finite.all() else f", of which f is finite at {len(x)},"
+    detail = f"{known.sum()} of a sweep of {count} inputs{among} from {x.min():.3g} to {x.max():.3g}"
+    return Check("edges", VERIFIED, detail if known.all() else f"{detail}; not known at {_some(x[~known])}"), ""
+
+
+def _refuted(
+    problem: Problem, mode: str, i: int, came: str, due: str, what: str, should: str = ""
+) -> tuple[Check, str]:
+    detail = f"at x = {problem.x[i]:.9g}, {mode} mode gives {came} where {what} {due}"
+    return Check("edges", REFUTED, detail), witness_at(problem, mode, problem.x[i], 1.0, came, should or due)
+
+
+def _some(x: np.ndarray) -> str:
+    """A few of them, as text."""
+    return ", ".join(f"{a:.5g}" for a in x[:4]) + (f" and {len(x) - 4} more" if len(x) > 4 else "")
+
+
+BLUR = 2.0**-7  # of slopes that are the same: above the rounding of bfloat16, and far below what a wrong one is off by
+
+
+def _beside(comparison: Comparison, reference: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The lesser and the greater of the slopes beside each kink; nan where there is none, or they do not settle."""
+    problem, oracle, *_ = comparison
+    unknown = np.full(problem.n, np.nan)
+    if oracle.kind not in ("f", "jax") or oracle.another or oracle.credible.all():
+        return unknown, unknown
+    slopes_at = autodiff(problem, reference if oracle.kind == "jax" else problem.f, Layout.diagonal(problem.n))
+    step = np.where(problem.x == 0, 2.0**-100, np.abs(problem.x) * 2.0**-20)
+    with np.errstate(all="ignore"):
+        try:
+            left, near_left, near_right, right = (slopes_at(problem.x + s * step).reverse for s in (-1, -0.5, 0.5, 1))
+        except Exception:  # as in `_explained`
+            return unknown, unknown
+        settled = (np.abs(left - near_left) <= BLUR * np.abs(left)) & (
+            np.abs(right - near_right) <= BLUR * np.abs(right)
+        )
+        kink = settled & ~oracle.credible
+        return np.where(kink, np.minimum(left, right), np.nan), np.where(kink, np.maximum(left, right), np.nan)
 
 
 def _explained(comparison: Comparison, got: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -87,7 +87,11 @@ def find_oracle(
 ) -> Oracle:
     """The best oracle that can be had. `elementwise`: a sweep, whose Jacobian is known to be diagonal."""
     with np.errstate(all="ignore"):
-        return _find_oracle(problem, reference, derivative, bound, rng, elementwise)
+        oracle = _find_oracle(problem, reference, derivative, bound, rng, elementwise)
+    finite = np.isfinite(problem.value())
+    if finite.all() or derivative is not None:
+        return oracle
+    return dataclasses.replace(oracle, credible=oracle.credible & finite, doubt=oracle.doubt or "f is not finite there")
 
 
 def _find_oracle(

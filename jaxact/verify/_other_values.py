@@ -13,11 +13,13 @@ from jaxact.verify._report import apart
 def allowed(comparison: Comparison) -> np.ndarray:
     """How far values may be apart."""
     problem, oracle, bound, strict = comparison
+    # An infinite input is exact, and a multiple of it no size.
+    inputs = np.where(np.isfinite(problem.x), np.abs(problem.x), 0)
     size = problem.unit * np.abs(problem.value())
     if not strict and oracle.layout.whole:
-        size = size + problem.unit * oracle.product("forward", np.abs(problem.x)[None]).size[0]
+        size = size + problem.unit * oracle.product("forward", inputs[None]).size[0]
     # What is lost may have been a factor of the input.
-    factor = 1 + np.abs(problem.x) if oracle.layout.elementwise else 1
+    factor = 1 + inputs if oracle.layout.elementwise else 1
     return bound * size + 4 * problem.lost * factor
 
 

@@ -57,7 +57,8 @@ class Report:
         checks: what was checked, each with its verdict.
         reasons: sentences for the author: what is wrong, or why there is no verdict.
         facts: oracle, bound, products checked, power, residual bytes and the like; plain values, for JSON.
-        witness: lines to paste into a REPL, with `f` and `args` as they were given; empty unless refuted.
+        witness: lines to paste into a REPL, with `f` and `args` as they were given, that show a wrong product of first
+            derivatives; empty where nothing or something else is refuted.
     """
 
     subject: str

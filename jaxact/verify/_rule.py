@@ -44,9 +44,10 @@ def rule(
             are a batch, alone and with `args`, whose batch is so large that XLA takes other kernels than for them
             alone. Others of its rows have a nan or ±inf in them; where one is lost in the batch, a fact of the report
             says so, and the verdict remains.
-        edges: for an elementwise function, where to check besides: ... for a sweep of all magnitudes and the special
-            values, absent where `f` takes no array of another shape or is not elementwise there; a dict from input to
-            derivative; or None.
+        edges: for an elementwise function, where to check its first derivative besides: ... for a sweep of ±0 and all
+            magnitudes, without ±inf and nan, absent where `f` takes no array of another shape or is not elementwise
+            there; a dict from input to derivative; or None. In the sweep a slope of nan is refuted, and at a kink one
+            beyond those beside it; where no more is known, the report says so, and the verdict remains.
         directions: random directions beside the one-hot ones.
         seed: of the random numbers.
 
@@ -73,29 +74,47 @@ def rule(
         >>> print(report.verdict, "-", report.reasons[0])
         refuted - the backward rule returns 0 where the derivative is 2.061e-09 (x = 20); 1 − f(x) has cancelled
     """
-    wanted = _wanted_modes(modes)
-    transforms = (transforms,) if isinstance(transforms, str) else tuple(transforms)
-    if unknown := set(transforms) - set(TRANSFORMS):
-        raise ValueError(f"transforms must be of {TRANSFORMS}, got {sorted(unknown)}.")
-    for name, value in {"order": order, "directions": directions, "seed": seed}.items():
+    wanted = () if modes == "auto" else _some_of("modes", modes, MODES)
+    if modes != "auto" and not wanted:
+        raise ValueError(f'modes must be "auto" or of {MODES}, got {modes!r}.')
+    transforms = _some_of("transforms", transforms, TRANSFORMS)
+    for name, value, least in (("order", order, 1), ("directions", directions, 1), ("seed", seed, 0)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if order < 1 or directions < 1:
-        raise ValueError(f"order and directions must be at least 1, got order={order}, directions={directions}.")
-    if bound is not None and not 0 < bound < math.inf:
-        raise ValueError(f"bound must be positive and finite, got {bound}.")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    for name, f_or_none in (("reference", reference), ("derivative", derivative)):
+        if f_or_none is not None and not callable(f_or_none):
+            raise TypeError(f"{name} must be a function or None, got {f_or_none!r}.")
+    if bound is not None:
+        if not _is_number(bound):
+            raise TypeError(f"bound must be a number or None, got {bound!r}.")
+        if not 0 < bound < math.inf:
+            raise ValueError(f"bound must be positive and finite, got {bound}.")
     if not (edges is None or isinstance(edges, (dict, EllipsisType))):
         raise TypeError(f"edges must be a dict from input to derivative, ... or None, got {type(edges).__name__}.")
+    if isinstance(edges, dict) and not all(map(_is_number, (*edges, *edges.values()))):
+        raise TypeError(f"edges must be a dict from numbers to numbers, got {edges!r}.")
     return Session(
         f=f, args=args, reference=reference, derivative=derivative, wanted=wanted, order=order, given_bound=bound,
         transforms=transforms, edges=edges, directions=directions, seed=seed,
     ).run()  # fmt: skip
 
 
-def _wanted_modes(modes: Any) -> tuple[str, ...]:
-    if modes == "auto":
-        return ()
-    wanted = (modes,) if isinstance(modes, str) else tuple(modes)
-    if not wanted or set(wanted) - set(MODES):
-        raise ValueError(f'modes must be "auto" or of {MODES}, got {modes!r}.')
-    return wanted
+def _some_of(name: str, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """One of the choices, or several."""
+    try:
+        some = (value,) if isinstance(value, str) else tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} must be of {choices}, got {value!r}.") from None
+    if not set(map(repr, some)) <= set(map(repr, choices)):
+        raise ValueError(f"{name} must be of {choices}, got {value!r}.")
+    return some
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return np.ndim(value) == 0 and not isinstance(value, (str, bytes))

@@ -159,13 +159,14 @@ class Session:
         if self.edges is None or not oracle.layout.elementwise or oracle.another:
             return
         if given:
-            self._found(given_points(self.problem, given, self.modes, self.comparison.bound))
+            self._found(*given_points(self.problem, given, self.modes, self.comparison.bound))
         else:
-            self._found(swept_points(self.comparison, self.reference, self.derivative, self.modes, self.rng))
+            self._found(*swept_points(self.comparison, self.reference, self.derivative, self.modes, self.rng))
 
-    def _found(self, check: Check) -> None:
-        """Adds a check whose detail is the reason, if it refutes."""
+    def _found(self, check: Check, witness: str = "") -> None:
+        """Adds a check whose detail is the reason, if it refutes, and the lines that show it."""
         self.findings.add(check.name, check.verdict, check.detail, check.detail if check.verdict == REFUTED else "")
+        self.findings.witness = self.findings.witness or witness
 
     def _vmap(self, results: Results) -> None:
         if "vmap" not in self.transforms:
