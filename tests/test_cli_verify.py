@@ -202,8 +202,10 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
         (["no_such_module:f", "--shape", "3"], "cannot import no_such_module: ModuleNotFoundError: No module named"),
         (["broken_rules:f", "--shape", "3"], "cannot import broken_rules: ZeroDivisionError: division by zero."),
         (["leaving_rules:f", "--shape", "3"], "cannot import leaving_rules: SystemExit: 3."),
-        ([":f", "--shape", "3"], "cannot import a module without a name: ValueError: "),
-        (["rules_of_mine:", "--shape", "3"], "rules_of_mine has no ''."),
+        (["no_such_module:f"], "cannot import no_such_module: "),
+        ([":f", "--shape", "3"], "':f' is not module:function, such as package.module:f."),
+        (["rules_of_mine:", "--shape", "3"], "'rules_of_mine:' is not module:function, such as"),
+        (["./rules_of_mine.py:right", "--shape", "3"], "'./rules_of_mine.py:right' is not module:function, such as"),
         (["rules_of_mine:left", "--shape", "3"], "rules_of_mine has no 'left'."),
         (["rules_of_mine:number", "--shape", "3"], "rules_of_mine:number is not callable: it is of type int."),
         (["rules_of_mine:raises", "--shape", "3"], "cannot verify rules_of_mine:raises: RuntimeError: no such luck."),
@@ -234,7 +236,7 @@ def test_as_a_module() -> None:
     command = [sys.executable, "-m", "jaxact", "verify", "rely:on"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "python -m jaxact verify: error: module:function needs --shape.\n"
+    assert done.stderr == "python -m jaxact verify: error: cannot import rely: ModuleNotFoundError: No module named 'rely'.\n"
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

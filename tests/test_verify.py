@@ -227,7 +227,7 @@ def test_the_sweep_says_where_f_is_finite() -> None:
 
 def test_infinite_arguments() -> None:
     """They are exact, so that others may still be rounded; and what is infinite has no derivative that is known."""
-    x = np.float32(np.random.default_rng(0).normal(size=(5, 6)))
+    x: Any = np.float32(np.random.default_rng(0).normal(size=(5, 6)))
     rows: Any = functools.partial(jaxact.logsumexp, axis=-1)
     labels = np.zeros(5, np.int32)
     loss: Any = functools.partial(jaxact.losses.softmax_cross_entropy_with_integer_labels, labels=labels)
@@ -438,7 +438,7 @@ def test_bad_arguments() -> None:
         verify.rule(jnp.sin, 1)
     with pytest.raises(TypeError, match="f must return a float array"):
         verify.rule(jnp.argmax, x)
-    for error, message, option in [
+    bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "modes must be", {"modes": "backward"}),
         (ValueError, "modes must be", {"modes": ()}),
         (TypeError, "modes must be of .*, got 3", {"modes": 3}),
@@ -453,9 +453,10 @@ def test_bad_arguments() -> None:
         (TypeError, "bound must be a number or None, got 'a'", {"bound": "a"}),
         (TypeError, "bound must be a number or None, got Array", {"bound": jnp.ones(3)}),
         (TypeError, "edges must be a dict from numbers to numbers, got {'a': 1}", {"edges": {"a": 1}}),
-    ]:
-        with pytest.raises(error, match=message):  # type: ignore[arg-type]
-            verify.rule(jnp.sin, x, **option)  # type: ignore[arg-type]
+    ]
+    for error, message, option in bad:
+        with pytest.raises(error, match=message):
+            verify.rule(jnp.sin, x, **option)
     with pytest.raises(ValueError, match="bound must be finite and not negative, got -1"):
         verify.values(jnp.sin, np.sin, dtype=jnp.bfloat16, bound=-1)
     with pytest.raises(ValueError, match=r'points must be an array or "all", got \'al\''):

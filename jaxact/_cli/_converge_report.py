@@ -106,7 +106,7 @@ def table(outcome: Outcome) -> "Table":
     }
     result = Table("", *outcome.numbers)
     for column in result.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True  # what is short of room is the names: the last digits count
     for name, number in rows.items():
         result.add_row(name, *map(number, outcome.numbers.values()))
     return result

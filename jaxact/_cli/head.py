@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _sizes(text: str) -> list[int]:
     sizes = sorted({int(size) for size in text.split(",")}) if re.fullmatch(r"[0-9]{1,8}(,[0-9]{1,8})*", text) else []
     if not sizes or sizes[0] < 2:
-        raise argparse.ArgumentTypeError(f"must be whole numbers from 2, such as 2000,8000, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be whole numbers from 2 to 99999999, such as 2000,8000, got {text!r}")
     return sizes
 
 

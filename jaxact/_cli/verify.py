@@ -113,10 +113,10 @@ def _run_own(arguments: argparse.Namespace, name: str) -> int:
     for option in ("exhaustive", "out"):
         if getattr(arguments, option) is not None:
             raise ArgumentError(None, f"--{option} is for jaxact's functions, not for module:function.")
-    if not arguments.shape:
-        raise ArgumentError(None, "module:function needs --shape.")
     require("demo,verify", "mpmath")
     f = _imported(name)
+    if not arguments.shape:
+        raise ArgumentError(None, "module:function needs --shape.")
     from jaxact import verify
     from jaxact._cli._verify_subjects import DTYPES as TYPES
 
@@ -136,9 +136,11 @@ def _run_own(arguments: argparse.Namespace, name: str) -> int:
 
 def _imported(name: str) -> Callable[..., Any]:
     module, _, path = name.partition(":")
+    if not all(map(str.isidentifier, (*module.split("."), *path.split(".")))):
+        raise ArgumentError(None, f"{name!r} is not module:function, such as package.module:f.")
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    with _running(f"cannot import {module or 'a module without a name'}"):
+    with _running(f"cannot import {module}"):
         found = importlib.import_module(module)
     try:
         f = operator.attrgetter(path)(found)

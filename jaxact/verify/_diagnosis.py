@@ -80,8 +80,8 @@ IMPORTS = "import jax, jax.numpy as jnp"
 def witness_at(problem: Problem, mode: str, x: float, v: float, came: str, due: str) -> str:
     """Lines for a REPL that show an elementwise function at one input, times one number."""
     dtype = np.dtype(problem.dtype).name
-    x, v = (f"jnp.array([{float(a)!r}], jnp.{dtype})" for a in (x, v))
-    call = f"jax.vjp(f, {x})[1]({v})[0]" if mode == "reverse" else f"jax.jvp(f, ({x},), ({v},))[1]"
+    at, vector = (f"jnp.array([{float(a)!r}], jnp.{dtype})" for a in (x, v))
+    call = f"jax.vjp(f, {at})[1]({vector})[0]" if mode == "reverse" else f"jax.jvp(f, ({at},), ({vector},))[1]"
     return f"{IMPORTS}\n{call}  # {came}, should be {due}"
 
 
