@@ -191,7 +191,7 @@ def _probabilities_fwd(classes: Classes, z: Array, total: Total) -> tuple[Array,
 
 
 def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, None]:
-    return times_jacobian(certain(p), g, classes.sum), None
+    return times_jacobian(certain(p), g, (p.ndim - 1,), classes.sum), None
 
 
 _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
@@ -214,7 +214,7 @@ def _others_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any
     z, y, total = residuals
     g = at_labels(lax.scatter, g, y, jnp.zeros_like(total.sum))
     p = softmax_of_shared(z, Total(*(a[..., 0] for a in total)), (z.ndim - 1,))
-    return times_jacobian(certain(p), g, classes.sum), None, None
+    return times_jacobian(certain(p), g, (p.ndim - 1,), classes.sum), None, None
 
 
 _others_probabilities.defvjp(_others_probabilities_fwd, _others_probabilities_bwd)

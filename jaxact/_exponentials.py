@@ -23,6 +23,8 @@ from jaxact._reductions import (
     class_by_class,
     class_count,
     maximum,
+    on_cpu,
+    size,
     spread,
     sum_but_largest,
     sum_over,
@@ -62,7 +64,9 @@ class Total(NamedTuple):
 UNSHIFTED = 63.0  # a maximum between 0 and this needs neither a shift nor a factor
 
 
-ROOM = 68.0  # the inverse of a sum of 2²⁶ times e^{ROOM + 1} is a normal number
+def room(dtype: Any) -> float:
+    """The inverse of a sum of 2²⁶ times e^{room + 1} is a normal number."""
+    return math.floor(-math.log(float(jnp.finfo(dtype).tiny)) - math.log(2.0**26) - 1)
 
 
 def whole_shift(peak: Array, room: float, least: Array | float) -> Array:
@@ -252,18 +256,32 @@ def certain(y: Array) -> Array:
 certain.defjvp(lambda primals, tangents: (certain(*primals), *tangents))
 
 
-def times_jacobian(y: Array, g: Array, row_sum: Callable[[Array], Array]) -> Array:
+def times_jacobian(y: Array, g: Array, axis: Axes, row_sum: Callable[[Array], Array]) -> Array:
     """The product of the Jacobian of softmax, where it is `y`, with a tangent or cotangent. `y` should be `certain`."""
     # The Jacobian is diag(y) − y yᵀ = Pᵀ diag(y) P with P u = u − ⟨u, y⟩. Where one probability is near 1, subtracting
     # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
-    # symmetric, as the Jacobian is: transposed for forward mode it is the same three steps.
+    # symmetric, as the Jacobian is: transposed for forward mode it is the same steps, from the last to the first.
     # Both differences have their sign reversed: what XLA for CPU subtracts from each entry of a row it first negates,
-    # in a kernel of its own that parts the two around it; this way one kernel does it all. (The last is not turned
-    # round: the cotangent may be a product, and XLA would then contract it with the difference here and not there.)
+    # in a kernel of its own that parts the two around it; this way one kernel does it all.
     # The cotangent must not come first in the product that is summed: where it is the same for all rows, XLA of JAX
     # 0.10 writes the product over it, and later rows find it there.
+    g = uncontracted(g, y, axis)
     z = y * (row_sum(y * g) - g)
-    return -(z - y * row_sum(z))
+    return uncontracted(-(z - y * row_sum(z)), y, axis)
+
+
+def uncontracted(g: Array, y: Array, axis: Axes) -> Array:
+    """`g`, also where it is a product, or is multiplied by something when transposed. `y` are probabilities.
+
+    XLA may contract a product with what is subtracted from it, which leaves the product unrounded; and if it was
+    rounded where it was summed, there is a rest where there should be none. What is subtracted from `g` times 1 is
+    exact, if XLA does not know that it is 1.
+    """
+    if on_cpu() and size(y) >= 2**15 and not class_by_class(y, axis):
+        # What the library sums would take up to half of the time again. There a barrier does, which XLA of JAX 0.10
+        # leaves out, and needs not. In larger arrays no such rest has been seen, and a barrier would cost a pass.
+        return lax.optimization_barrier(g) if size(y) <= 2**20 else g
+    return g * lax.stop_gradient(jnp.maximum(y, 1))
 
 
 def at_most(limit: Array, x: Array) -> Array:

@@ -5,7 +5,7 @@ Rows have their classes on the last axis, whole or split over devices.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_row
 from jaxact._elementary import exp
 from jaxact._exponentials import (
-    ROOM,
     Total,
     at_most,
     finite,
+    room,
     scaled_exponentials,
     undominated,
     whole_shift,
@@ -37,22 +37,25 @@ class LabelSums(NamedTuple):
     total: Total
 
 
-FAR = 2.0**100  # above e^{ROOM + 1}; times the number of classes, it does not overflow
+def far(dtype: Any) -> float:
+    """Above e^{room + 1}; times the number of classes, it does not overflow."""
+    return 2.0 ** math.ceil((room(dtype) + 1) / math.log(2))
 
 
 def but_label(e: Array, y: Array) -> Array:
-    """`e` from 0 to `FAR`, with 0 at the label, by three operations. (By booleans, XLA for CPU does not vectorise.)"""
+    """`e` from 0 to `far`, with 0 at the label, by three operations. (By booleans, XLA for CPU does not vectorise.)"""
     return at_most(_distance(e, y), e)
 
 
 def _distance(z: Array, y: Array) -> Array:
-    """0 at the label, `FAR` or more at every other class."""
+    """0 at the label, `far` or more at every other class."""
     # Behind a barrier the places are an operand: an iota inside of a kernel that sums may, in XLA of JAX 0.12, get
     # values made for another shape.
     places = places_of(z)
-    unit = FAR if jnp.issubdtype(places.dtype, jnp.floating) else 1
+    dtype = compute_dtype(z.dtype)
+    unit = far(dtype) if jnp.issubdtype(places.dtype, jnp.floating) else 1
     away = jnp.abs(lax.optimization_barrier(unit * places) - unit * y[..., None].astype(places.dtype))
-    return away.astype(compute_dtype(z.dtype)) * (FAR / unit)
+    return away.astype(dtype) * (far(dtype) / unit)
 
 
 def places_of(z: Array) -> Array:
@@ -145,14 +148,14 @@ def label_sums(
 
     def about_label(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
         c = finite(z_y)
-        shift = whole_shift(c, ROOM, 0)
+        shift = whole_shift(c, room(c.dtype), 0)
         total = Total(shift, others * jnp.exp(-shift) + jnp.exp(c - shift))
         return z_y, LabelSums(c, jnp.ones_like(z_y), about_z_y, total)
 
     def about_maximum(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
         z = adjust(x)
         peak = finite(classes.max(z))
-        whole = whole_shift(peak, ROOM, jnp.minimum(peak, 0))
+        whole = whole_shift(peak, room(peak.dtype), jnp.minimum(peak, 0))
         at_peak = jnp.exp(peak - whole)
         if shared:
             e = others_exponentials(z, peak, y)
@@ -177,7 +180,7 @@ def label_sums(
     largest = float(jnp.finfo(others.dtype).max)
     root = exp(jnp.minimum(-z_y / 2, math.floor(math.log(largest) - 0.5)))
     about_z_y = (others * root) * root
-    in_range = (others > 2.0**-80) & (others < FAR) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
+    in_range = (others > 2.0**-80) & (others < far(others.dtype)) & (about_z_y < largest / 4) & (z_y > -jnp.inf)
     if live is not None:
         in_range |= ~live[..., None]
     return unless_all(in_range, about_maximum, about_label, x, y, z_y, others, about_z_y)

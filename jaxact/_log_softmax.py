@@ -30,6 +30,7 @@ from jaxact._exponentials import (
     if_dominated,
     is_possible,
     row_sums,
+    uncontracted,
     undominated,
 )
 from jaxact._forward_mode import forward_mode
@@ -170,19 +171,20 @@ def without_mean(
         # In one kernel, all of it again: what another has found would part this one, hence the barrier.
         x = widen(lax.optimization_barrier(x))
         p = certain_softmax(x, t, axis)
-        v = once(p, counting(x, *operands))
-        return (v - p * spread(sum_over(v, axis), axis)).astype(result)
+        v = once(p, uncontracted(counting(x, *operands), p, axis))
+        return uncontracted(v - p * spread(sum_over(v, axis), axis), p, axis).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def quick(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
         p = softmax_of_sums(x, t, Sums(sums.peak, sums.total), axis, jnp.exp)
-        return once(p, counting(x, *operands)).astype(result)
+        return uncontracted(once(p, uncontracted(counting(x, *operands), p, axis)), p, axis).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        p, g = softmax_of_sums(x, t, Sums(sums.peak, sums.total), axis, jnp.exp), counting(x, *operands)
+        p = softmax_of_sums(x, t, Sums(sums.peak, sums.total), axis, jnp.exp)
+        g = uncontracted(counting(x, *operands), p, axis)
         # There it is ȳ (1 − p) − p Σ of the others' ȳ, and the others' share of the sum is known.
         is_other = jnp.maximum(
             but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)
@@ -192,6 +194,6 @@ def without_mean(
         # The last term is 0, and is the derivative in p, for which Σ ȳ is whole: the two sums may cancel in it.
         of_largest = g * share - fixed * of_others - (p - fixed) * total
         v = (g - p * total) * is_other + of_largest * (1 - is_other)
-        return v.astype(result)
+        return uncontracted(v, p, axis).astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)

@@ -61,7 +61,7 @@ def _softmax_of_shared_fwd(x: Array, total: Total, axis: Axes) -> tuple[Array, A
 
 
 def _softmax_of_shared_bwd(axis: Axes, y: Array, g: Array) -> tuple[Array, None]:
-    return times_jacobian(certain(y), g, lambda a: spread(sum_over(a, axis), axis)), None
+    return times_jacobian(certain(y), g, axis, lambda a: spread(sum_over(a, axis), axis)), None
 
 
 softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)

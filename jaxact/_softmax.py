@@ -173,7 +173,7 @@ def _cotangents(y: Array, t: Array | None, g: Array, axis: Axes, dtype: Any) -> 
         total = sum_over(a, axis)
         return spread(lax.optimization_barrier(total) if 2**17 <= size(y) <= 2**20 else total, axis)
 
-    z = times_jacobian(y, widen(g), row_sum)
+    z = times_jacobian(y, widen(g), axis, row_sum)
     if t is None:
         return z.astype(dtype), None
     # Σ z̄ = 0, so the logits in T̄ = −Σ z̄ x/T² may be shifted, and T log y is a shift of x.

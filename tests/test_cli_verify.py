@@ -236,7 +236,10 @@ def test_as_a_module() -> None:
     command = [sys.executable, "-m", "jaxact", "verify", "rely:on"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "python -m jaxact verify: error: cannot import rely: ModuleNotFoundError: No module named 'rely'.\n"
+    assert (
+        done.stderr
+        == "python -m jaxact verify: error: cannot import rely: ModuleNotFoundError: No module named 'rely'.\n"
+    )
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -295,6 +295,22 @@ def test_the_integer_loss_at_any_logit_scale(shape: tuple[int, int], scale: floa
     assert (abs(np.asarray(slope) - gradient) <= 16 * U * abs(gradient) + lost).all()  # documented. Measured 12
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("x", "y"), [([400, 0.3], 0), ([200, 0.3, 0.7], 0), ([600, 200.3, 0.7], 0), ([300.1, -100.3], 1)]
+)
+def test_the_integer_loss_of_large_logits_in_float64(x: Any, y: int) -> None:
+    """There is room for them, and the small ones are not rounded."""
+    value, slope = jax.value_and_grad(lambda x: integer_loss(x, y))(jnp.array(x))
+    with mpmath.workdps(400):
+        e = [mpmath.exp(mpmath.mpf(a) - mpmath.mpf(x[y])) for a in x]
+        others = [0 if i == y else a for i, a in enumerate(e)]
+        want = float(mpmath.log1p(sum(others)))
+        due = np.array([float((a if i != y else -sum(others)) / sum(e)) for i, a in enumerate(e)])
+    assert abs(value - want) <= 6 * spacing(want, "float64")  # documented, as the next. Measured 0.5
+    assert (abs(np.asarray(slope) - due) <= 16 * 2.0**-53 * abs(due)).all()  # measured 1.1
+
+
 @jax.jit
 def of_label_1(x: Any, y: Any, q: Any) -> Any:
     """Value and gradient of either loss."""

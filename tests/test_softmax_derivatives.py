@@ -57,6 +57,29 @@ def test_a_pullback_is_within_8_u_at_logit_scale_30(name: str, shape: tuple[int,
 
 
 @BOTH
+@pytest.mark.parametrize("shape", [(1, 2), (50, 3), (200, 5), (250, 8), (100, 40), (5000, 100), (70_000, 8)])
+def test_a_derivative_along_a_product(name: str, shape: tuple[int, int]) -> None:
+    """XLA may contract it with what is subtracted from it, in one place and not in another."""
+    rows, classes = shape
+    f = getattr(jaxact, name)
+    along = {
+        "vjp": jax.jit(lambda x, v: jax.vjp(f, x)[1](2.3 * v)[0]),
+        "jvp": jax.jit(lambda x, v: jax.jvp(f, (x,), (2.3 * v,))[1]),
+    }
+    for lead in (15, 40):  # above the others, and then above what they can be seen beside
+        rng = np.random.default_rng(lead)
+        leading = np.eye(classes)[rng.integers(0, classes, rows)]
+        x, normal = np.float32(rng.normal(size=shape) + lead * leading), np.float32(rng.normal(size=shape))
+        for v in (normal, np.float32(np.eye(classes)[x.argmax(-1)])):
+            for mode, product in along.items():
+                want, size = exact_product(name, mode, x, np.float32(2.3) * v)
+                got = np.asarray(product(x, v), np.float64)
+                small = size <= 2.0**-100  # as above
+                bound = BOUND[name, mode] * 2.0**-24 * size  # measured 8.1
+                assert (small | (abs(got - want) <= bound)).all(), (lead, mode)
+
+
+@BOTH
 @pytest.mark.parametrize("mode", ["vjp", "jvp"])
 @pytest.mark.parametrize(
     ("dtype", "shape"),

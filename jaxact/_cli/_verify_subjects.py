@@ -158,7 +158,7 @@ SUBJECTS = {
     "logsumexp": Subject(logsumexp, (ROWS,)),
     "weighted_logsumexp": Subject(weighted_logsumexp, (ROWS, WEIGHTS)),
     "softmax_with_temperature": Subject(
-        softmax_with_temperature, (ROWS, np.array(2.0)), reference=references.textbook_softmax_with_temperature
+        softmax_with_temperature, (ROWS, np.array(0.7)), reference=references.textbook_softmax_with_temperature
     ),
     "masked_softmax": Subject(
         masked_softmax, (ROWS,), reference=functools.partial(references.textbook_masked_softmax, mask=MASK)
