@@ -185,9 +185,12 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--vocab", "1"], "argument --vocab: must be whole numbers from 2, such as 2000,8000, got '1'."),
-        (["--vocab", "2e3"], "argument --vocab: must be whole numbers from 2, such as 2000,8000, got '2e3'."),
-        (["--vocab", ""], "argument --vocab: must be whole numbers from 2, such as 2000,8000, got ''."),
+        (["--vocab", "1"], "argument --vocab: must be whole numbers from 2 to 99999999, such as 2000,8000, got '1'."),
+        (
+            ["--vocab", "2e3"],
+            "argument --vocab: must be whole numbers from 2 to 99999999, such as 2000,8000, got '2e3'.",
+        ),
+        (["--vocab", ""], "argument --vocab: must be whole numbers from 2 to 99999999, such as 2000,8000, got ''."),
         (["--steps", "0"], "argument --steps: must be a whole number from 1 to 1000000, got '0'."),
         (["--batch", "-1"], "argument --batch: must be a whole number"),
         (["--features", "2.5"], "argument --features: must be a whole number"),

@@ -83,7 +83,7 @@ def test_weighted_derivatives_are_verified(dtype: str) -> None:
 
 
 SECONDS = [(name, dtype, inner) for name in TEXTBOOK for dtype in DTYPES for inner in ("reverse", "forward")]
-SOME = [("log_softmax", "float32", "reverse"), ("softmax", "float64", "forward")]
+SOME = [("log_softmax", "float32", "reverse")]
 
 
 @pytest.mark.parametrize(
