@@ -176,7 +176,7 @@ def test_a_function_that_oscillates_from_one_number_to_the_next() -> None:
         return jnp.where(x == 30, 0, jnp.cos(x) * jnp.cos(2 * x + 1) - 2 * jnp.sin(x) * jnp.sin(2 * x + 1))
 
     wrong = with_rule(f, lambda x: (f(x), x), lambda x, g: (g * slope(x),))
-    assert verify.rule(wrong, X, transforms=()).reasons[0].startswith("at x = 30.0, ")
+    assert verify.rule(wrong, X, transforms=()).reasons[0].startswith("at x = 30, ")
 
 
 def test_rows_that_no_sampled_column_reaches() -> None:
