@@ -74,6 +74,9 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
     Computed as softplus of the log-odds against the label. Every term is positive, so the loss is relatively accurate
     however small and never falsely 0; the gradient at the label is minus the sum of the others.
 
+    Raises:
+        ValueError: if the shapes are not as above.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxact.classifiers import cross_entropy

@@ -443,7 +443,7 @@ def test_bad_arguments() -> None:
         (TypeError, "transforms must be of .*, got 3", {"transforms": 3}),
         (ValueError, "order must be at least 1, got 0", {"order": 0}),
         (ValueError, "seed must be at least 0, got -1", {"seed": -1}),
-        (TypeError, "directions must be an integer, got 1.5", {"directions": 1.5}),
+        (TypeError, "directions must be an int, got 1.5", {"directions": 1.5}),
         (TypeError, "reference must be a function or None, got 3", {"reference": 3}),
         (TypeError, "derivative must be a function or None, got 3", {"derivative": 3}),
         (ValueError, "bound must be positive", {"bound": -1}),

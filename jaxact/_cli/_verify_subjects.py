@@ -157,6 +157,7 @@ SUBJECTS = {
     "log_softmax": Subject(jaxact.log_softmax, (ROWS,)),
     "logsumexp": Subject(logsumexp, (ROWS,)),
     "weighted_logsumexp": Subject(weighted_logsumexp, (ROWS, WEIGHTS)),
+    # Not a power of two: to divide by that rounds nothing.
     "softmax_with_temperature": Subject(
         softmax_with_temperature, (ROWS, np.array(0.7)), reference=references.textbook_softmax_with_temperature
     ),

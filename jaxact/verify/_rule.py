@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxact._canonical import canonical_int
 from jaxact.verify._report import Report
 from jaxact.verify._session import MODES, TRANSFORMS, Session
 
@@ -79,10 +80,7 @@ def rule(
         raise ValueError(f'modes must be "auto" or of {MODES}, got {modes!r}.')
     transforms = _some_of("transforms", transforms, TRANSFORMS)
     for name, value, least in (("order", order, 1), ("directions", directions, 1), ("seed", seed, 0)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}.")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+        canonical_int(name, value, least)
     for name, f_or_none in (("reference", reference), ("derivative", derivative)):
         if f_or_none is not None and not callable(f_or_none):
             raise TypeError(f"{name} must be a function or None, got {f_or_none!r}.")
@@ -107,7 +105,7 @@ def _some_of(name: str, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]
         some = (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
         raise TypeError(f"{name} must be of {choices}, got {value!r}.") from None
-    if not set(map(repr, some)) <= set(map(repr, choices)):
+    if not all(isinstance(one, str) and one in choices for one in some):
         raise ValueError(f"{name} must be of {choices}, got {value!r}.")
     return some
 
