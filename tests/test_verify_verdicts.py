@@ -339,8 +339,8 @@ def test_a_contract_without_forward_mode() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"order": "2"}, TypeError, "order must be an integer, got '2'"),
-        ({"order": 1.5}, TypeError, "order must be an integer, got 1.5"),
+        ({"order": "2"}, TypeError, "order must be an int, got '2'"),
+        ({"order": 1.5}, TypeError, "order must be an int, got 1.5"),
         ({"reference": lambda x: jnp.ones(2)}, ValueError, r"reference must return .* \[\(5,\)\], got \[\(2,\)\]"),
         ({"reference": lambda x: np.ones(2)}, ValueError, r"reference must return .* \[\(5,\)\], got \[\(2,\)\]"),
     ],
