@@ -19,7 +19,6 @@ from jaxact._exponentials import (
     but_maximum,
     certain,
     finite,
-    scaled_exponentials,
     times_jacobian,
     undominated,
 )
@@ -201,9 +200,8 @@ _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _others_probabilities(classes: Classes, z: Array, y: Array, total: Total) -> Array:
     """The probabilities, and 0 at the label, of the exponentials that are shared."""
-    e = others_exponentials(z, total.shift, y)
-    total_of_e = total.sum * scaled_exponentials(total.shift, total.shift, ())
-    return jnp.where(e == 0, 0, e / total_of_e)  # a sum of nan leaves alone what does not exist
+    e, at_peak = others_exponentials(z, total.shift, y)
+    return jnp.where(e == 0, 0, e / (total.sum * at_peak))  # a sum of nan leaves alone what does not exist
 
 
 def _others_probabilities_fwd(classes: Classes, z: Array, y: Array, total: Total) -> Any:

@@ -25,6 +25,7 @@ from jaxact._reductions import (
     maximum,
     on_cpu,
     size,
+    small,
     spread,
     sum_but_largest,
     sum_over,
@@ -87,18 +88,22 @@ def shift_about(peak: Array, t: Array | None, count: int) -> Shift:
     """
     if t is not None:
         return Shift(peak, peak, jnp.ones_like(peak))
-    info = jnp.finfo(peak.dtype)
-    few = count <= 28
-    # Of few classes all may be as large as the largest, and the reciprocal of their sum is a normal number still. For
-    # more, that would leave less room, and cost digits.
-    most = -math.log(float(info.tiny)) - math.log(max(count, 1)) if few else math.log(float(info.max)) - 1
-    by = whole_shift(peak, math.floor(most) - 1, jnp.minimum(peak, 0))
-    if few:
-        return Shift(peak, by, jnp.ones_like(peak))
+    if count <= 28:
+        return shift_without_factor(peak, count)
+    by = whole_shift(peak, math.floor(math.log(float(jnp.finfo(peak.dtype).max)) - 1) - 1, jnp.minimum(peak, 0))
     # A larger maximum makes the sum of all larger still. Multiplied by this, the exponentials of 2³¹ classes do not
     # overflow, and none is flushed that is a normal part of their sum. (Arithmetic on the maximum, and not a
     # comparison: so XLA for CPU makes one kernel of softmax.)
     return Shift(peak, by, jnp.maximum(1 - jnp.floor(jnp.maximum(peak / (UNSHIFTED + 1), 0)), 2.0**-32))
+
+
+def shift_without_factor(peak: Array, count: int) -> Shift:
+    """The same without a factor. The more classes, the less room that leaves, which costs digits.
+
+    All may be as large as the largest, and the reciprocal of their sum is a normal number still.
+    """
+    most = -math.log(float(jnp.finfo(peak.dtype).tiny)) - math.log(max(count, 1))
+    return Shift(peak, whole_shift(peak, math.floor(most) - 1, jnp.minimum(peak, 0)), jnp.ones_like(peak))
 
 
 def shift_of_sum(peak: Array, t: Array | None, count: int) -> Shift:
@@ -123,15 +128,21 @@ def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Calla
     return exp(d) * factor if t is None else exp(d / t)
 
 
-def scaled_exponentials(x: Array, peak: Array, axis: Axes) -> Array:
-    """eˣ/2ⁿ of float32 by our own exponential, with an n for each row: about 2 to 4 at its maximum.
+def scaled_exponentials(x: Array, peak: Array, axis: Axes) -> tuple[Array, Array]:
+    """The exponentials of float32 over a number for each row, and those of the maxima over the same.
 
-    No logit is rounded: of one near a large m the difference x − m is exact, and others need none.
+    By our own exponential, and XLA's in small arrays: that is no operation in its eyes, and the loop is not split. Ours
+    is divided by 2ⁿ, and about 2 to 4 at the maximum. No logit is rounded: of one near a large m the difference x − m
+    is exact, and others need none.
     """
+    if small(x):
+        shift = shift_without_factor(peak, class_count(x, axis))
+        return exponentials(x, shift, None, axis), exponentials(peak, shift, None, ())
     by = jnp.where(jnp.abs(peak) <= 2.0**8, 0, peak)  # so a peak of nan leaves none a number
     n = jnp.floor((peak - by) / math.log(2)) - 1
     # The minimum changes +inf alone, from which nothing can be taken.
-    return exp_over(jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(by, axis), spread(n, axis))
+    d = jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(by, axis)
+    return exp_over(d, spread(n, axis)), exp_over(peak - by, n)
 
 
 def written_sum(e: Array, axis: Axes) -> Array:
@@ -140,14 +151,6 @@ def written_sum(e: Array, axis: Axes) -> Array:
     # It changes nothing. But the library of XLA for CPU takes in no selection, and so nothing that follows the sum,
     # for each operation of which it takes as long as for the sum.
     return jnp.where(total == 0, 0, total)
-
-
-def maximum_and_total(x: Array, t: Array | None, axis: Axes) -> tuple[Sums, Shift, Array]:
-    """The sums, the shift, and the exponentials themselves."""
-    peak = finite(widen(maximum(x, axis)))
-    shift = shift_about(peak, t, class_count(x, axis))
-    e = exponentials(widen(x), shift, t, axis)
-    return Sums(peak, sum_over(e, axis)), shift, e
 
 
 def total_unshifted(x: Array, axis: Axes) -> tuple[Array, Array]:
@@ -184,9 +187,11 @@ def row_sums(x: Array, t: Array | None, axis: Axes, suffices: Callable[[Array], 
     """The sums of rows. `suffices` says where the sum less 1 may stand for that of the others."""
     if at_once(x, axis):
         return sums_at_once(x, t, axis)
-    sums, shift, _ = maximum_and_total(x, t, axis)
-    at_peak = exponentials(sums.peak, shift, t, ())
-    all_but_one = sums.total / at_peak - 1
+    peak = finite(widen(maximum(x, axis)))
+    shift = shift_about(peak, t, class_count(x, axis))
+    total = sum_over(exponentials(widen(x), shift, t, axis), axis)
+    at_peak = exponentials(peak, shift, t, ())
+    all_but_one = total / at_peak - 1
 
     # What a branch or a barrier is given is written to memory: logits as they are, which may have 16 bits.
     def exact(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
@@ -198,7 +203,7 @@ def row_sums(x: Array, t: Array | None, axis: Axes, suffices: Callable[[Array], 
     def quick(x: Array, shift: Shift, at_peak: Array, all_but_one: Array) -> Array:
         return all_but_one
 
-    return RowSums(*sums, unless_all(suffices(all_but_one), exact, quick, x, shift, at_peak, all_but_one))
+    return RowSums(peak, total, unless_all(suffices(all_but_one), exact, quick, x, shift, at_peak, all_but_one))
 
 
 def sums_at_once(x: Array, t: Array | None, axis: Axes) -> RowSums:

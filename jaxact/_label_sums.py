@@ -123,9 +123,10 @@ def _others(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
     return jnp.sum(but_label(across, place), -1, keepdims=True) + at_place
 
 
-def others_exponentials(z: Array, peak: Array, y: Array) -> Array:
+def others_exponentials(z: Array, peak: Array, y: Array) -> tuple[Array, Array]:
     """`scaled_exponentials`, and 0 at the label: to write it takes less time than three operations for every class."""
-    return at_labels(lax.scatter, scaled_exponentials(z, peak, ()), y, jnp.zeros_like(peak))
+    e, at_peak = scaled_exponentials(z, peak[..., 0], (z.ndim - 1,))
+    return at_labels(lax.scatter, e, y, jnp.zeros_like(peak)), at_peak[..., None]
 
 
 def at_labels(scatter: Callable[..., Array], z: Array, y: Array, updates: Array) -> Array:
@@ -158,8 +159,8 @@ def label_sums(
         whole = whole_shift(peak, room(peak.dtype), jnp.minimum(peak, 0))
         at_peak = jnp.exp(peak - whole)
         if shared:
-            e = others_exponentials(z, peak, y)
-            others = written_sum(e, (e.ndim - 1,))[..., None] / scaled_exponentials(peak, peak, ())
+            e, e_at_peak = others_exponentials(z, peak, y)
+            others = written_sum(e, (e.ndim - 1,))[..., None] / e_at_peak
         else:
             # The minimum changes +inf alone.
             others = classes.sum(but_label(jnp.exp(at_most(peak, z) - whole), y)) / at_peak

@@ -146,7 +146,8 @@ def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
     """The same where its exponentials are shared with the derivative."""
     top = maximum(x, axis)
     peak = finite(top)
-    total = written_sum(scaled_exponentials(x, peak, axis), axis) / scaled_exponentials(peak, peak, ())
+    e, at_peak = scaled_exponentials(x, peak, axis)
+    total = written_sum(e, axis) / at_peak
     others = total - 1
 
     def exact(x: Array, top: Array, peak: Array, others: Array) -> Array:

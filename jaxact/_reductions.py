@@ -78,6 +78,14 @@ def at_once(x: Array, axis: Axes) -> bool:
     return class_by_class(x, axis) or few(x) or (contiguous and size(x) >= 4096 * class_count(x, axis) > 0)
 
 
+def small(x: Array) -> bool:
+    """Whether there are so few numbers that to start anything takes longer than to go through them once more.
+
+    XLA for CPU splits a loop that has many operations between threads, one with our exponential from 2000 numbers on.
+    """
+    return size(x) <= 2**15
+
+
 def few(*arrays: Array) -> bool:
     """Whether there are so few numbers that to go through them takes no time."""
     return max(map(size, arrays)) <= 2**11

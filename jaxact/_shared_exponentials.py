@@ -7,6 +7,8 @@ the two are the same as long as no barrier or branch lies between them. What a r
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,6 @@ from jax import Array
 from jaxact._exponentials import (
     RowSums,
     Total,
-    at_most,
     certain,
     finite,
     if_dominated,
@@ -26,7 +27,7 @@ from jaxact._exponentials import (
     written_sum,
 )
 from jaxact._forward_mode import forward_mode
-from jaxact._reductions import Axes, class_by_class, maximum, on_cpu, size, spread, sum_over
+from jaxact._reductions import Axes, class_by_class, few, maximum, on_cpu, size, small, spread, sum_over
 
 
 def shares(x: Array, axis: Axes) -> bool:
@@ -41,18 +42,18 @@ def shares(x: Array, axis: Axes) -> bool:
 def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
     """Whether the sum over all but the largest class shares them too.
 
-    So in arrays of 128 kB to 4 MB of float32. Of smaller ones it takes the more kernels as long to start; and of larger
-    ones to write and read what they need takes longer than to find exponentials twice, in one kernel each.
+    So in arrays of up to 4 MB of float32. Of larger ones to write and read what they need takes longer than to find
+    exponentials twice, in one kernel each; and so it does of few numbers, where that takes no time.
     """
-    return t is None and shares(x, axis) and 2**15 < size(x) <= 2**20
+    return t is None and shares(x, axis) and not few(x) and size(x) <= 2**20
 
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def softmax_of_shared(x: Array, total: Total, axis: Axes) -> Array:
     """Softmax over the axes, of exponentials that were summed for the `total`, which is not differentiated."""
-    at_peak = scaled_exponentials(total.shift, total.shift, ())
-    return over_total(scaled_exponentials(x, total.shift, axis), total.sum * at_peak, axis)
+    e, at_peak = scaled_exponentials(x, total.shift, axis)
+    return over_total(e, total.sum * at_peak, axis)
 
 
 def _softmax_of_shared_fwd(x: Array, total: Total, axis: Axes) -> tuple[Array, Array]:
@@ -69,18 +70,18 @@ softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)
 
 def shared_row_sums(x: Array, axis: Axes) -> RowSums:
     peak = finite(maximum(x, axis))
-    e, at_peak = scaled_exponentials(x, peak, axis), scaled_exponentials(peak, peak, ())
+    e, at_peak = scaled_exponentials(x, peak, axis)
     total = written_sum(e, axis)
     all_but_one = total / at_peak - 1
 
     def exact(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
-        alone = sum_over(jnp.where(_is_at_maximum(x, peak, axis), 0, e), axis) / at_peak
+        alone = sum_over(jnp.where(x >= spread(peak, axis), 0, e), axis) / at_peak
         return jnp.where(undominated(all_but_one), all_but_one, alone)
 
     def quick(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
         return all_but_one
 
-    others = if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one)
+    others = _if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one)
     # Not the total: of many that are each just too small to count beside the one, a sum one after another loses all.
     return RowSums(peak, jnp.where(total == 0, 0, 1 + others), others)
 
@@ -92,21 +93,20 @@ def without_mean_of_shared(g: Array, x: Array, total: Total, axis: Axes) -> Arra
     # it, for which it would need p in memory.
     g_sum = jnp.where(total.sum == 0, 0, sum_over(g, axis))
     others = total.sum - 1
+    # The maximum where a class has more than half. No number is as large as nan.
+    top = jnp.where(undominated(others), jnp.nan, total.shift)
 
-    def dominates(x: Array, peak: Array, others: Array) -> Array:
-        return _is_at_maximum(x, peak, axis) & ~spread(undominated(others), axis)
+    def exact(x: Array, p: Array, g: Array, g_sum: Array, top: Array) -> Array:
+        return sum_over(jnp.where(x >= spread(top, axis), 0, g - p * spread(g_sum, axis)), axis)
 
-    def exact(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
-        return sum_over(jnp.where(dominates(x, peak, others), 0, g - p * spread(g_sum, axis)), axis)
-
-    def quick(x: Array, p: Array, g: Array, g_sum: Array, peak: Array, others: Array) -> Array:
+    def quick(x: Array, p: Array, g: Array, g_sum: Array, top: Array) -> Array:
         return jnp.zeros_like(g_sum)
 
-    of_others = if_dominated(others, exact, quick, x, p, g, g_sum, total.shift, others)
+    of_others = _if_dominated(others, exact, quick, x, p, g, g_sum, top)
     v = g - p * spread(g_sum, axis)
-    return jnp.where(dominates(x, total.shift, others), -spread(of_others, axis), v)
+    return jnp.where(x >= spread(top, axis), -spread(of_others, axis), v)
 
 
-def _is_at_maximum(x: Array, peak: Array, axis: Axes) -> Array:
-    top = spread(peak, axis)
-    return at_most(top, x) == top
+def _if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], x: Array, *operands: Any) -> Any:
+    """`if_dominated`, but in small arrays: there a branch takes longer than what it may save."""
+    return exact(x, *operands) if small(x) else if_dominated(others, exact, quick, x, *operands)

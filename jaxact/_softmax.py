@@ -31,7 +31,6 @@ from jaxact._exponentials import (
     divided_by_total,
     exponentials,
     finite,
-    maximum_and_total,
     over_total,
     scaled_exponentials,
     shift_about,
@@ -39,7 +38,19 @@ from jaxact._exponentials import (
     written_sum,
 )
 from jaxact._forward_mode import forward_mode
-from jaxact._reductions import Axes, at_once, class_by_class, class_count, few, maximum, on_cpu, size, spread, sum_over
+from jaxact._reductions import (
+    Axes,
+    at_once,
+    class_by_class,
+    class_count,
+    few,
+    maximum,
+    on_cpu,
+    size,
+    small,
+    spread,
+    sum_over,
+)
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
@@ -107,12 +118,13 @@ def _softmax(x: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
     if t is None and _is_one_class(x, axis):
         return _of_one_class(x)
     divides = _divides(x, t, axis, summed)
+    peak = finite(widen(maximum(x, axis)))
     if not summed and _by_own_exponential(x, t, axis):
-        peak = finite(widen(maximum(x, axis)))
-        e = scaled_exponentials(widen(x), peak, axis)
+        e, _ = scaled_exponentials(widen(x), peak, axis)
         total = written_sum(e, axis)
     else:
-        (_, total), _, e = maximum_and_total(x, t, axis)
+        e = exponentials(widen(x), shift_about(peak, t, class_count(x, axis)), t, axis)
+        total = sum_over(e, axis)
     return (divided_by_total if divides else over_total)(e, total, axis).astype(x.dtype)
 
 
@@ -127,7 +139,8 @@ def _by_own_exponential(x: Array, t: Array | None, axis: Axes) -> bool:
         and on_cpu()
         and compute_dtype(x.dtype) == jnp.float32
         and not class_by_class(x, axis)
-        and 2**15 < size(x) <= most
+        and not small(x)
+        and size(x) <= most
     )
 
 
