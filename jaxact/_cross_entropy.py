@@ -41,6 +41,8 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
     nll, lse = jnp.where(empty, 0, nll), jnp.where(empty, -jnp.inf, jnp.where(infinite, jnp.inf, shift + log_total))
     if weights is None:
         uniform = jnp.zeros_like(nll)
+    elif _is_even(weights):
+        uniform = weights * _mean_information(classes, z, sums.total)
     else:
         at_each, _, count = _existing_weights(z, weights, classes)
         log_p = _log_probabilities(classes, z, sums.total)
@@ -48,11 +50,35 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
     return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
 
 
+def _is_even(weights: Array) -> bool:
+    """Whether there is one weight for all classes."""
+    return weights.ndim == 0
+
+
+def _mean_information(classes: Classes, z: Array, total: Total) -> Array:
+    """The mean of −log p over the classes that exist; 0 where none does."""
+    # About the maximum m, −log p = (m − z) + log Σ e^{z − m}, of two terms that are positive or 0. Where the second is
+    # so small that 1 in the sum costs its digits, the first is large for all classes but one.
+    top = classes.max(z)
+    peak = finite(top)
+    exists = z != -jnp.inf
+    distance = classes.sum(jnp.where(exists, -below(peak, z, ()), 0)) / _count(exists, z.dtype, classes)
+    log_total = jnp.log(total.sum * jnp.exp(total.shift - peak))
+    # Beside an infinite logit every other class is infinitely unlikely.
+    distance = jnp.where((top == jnp.inf) & (distance > 0), jnp.inf, distance)
+    return jnp.where(top == -jnp.inf, 0, distance + log_total)
+
+
+def _count(exists: Array, dtype: Any, classes: Classes) -> Array:
+    """The number of classes that exist, at least 1."""
+    return jnp.maximum(classes.sum(exists.astype(dtype)), 1)
+
+
 def _existing_weights(z: Array, weights: Array, classes: Classes) -> tuple[Array, Array, Array]:
     """The weights of the classes that exist, their sum, and the number of those classes, at least 1."""
     exist = z != -jnp.inf
     at_each = jnp.where(exist, weights.astype(z.dtype), 0)
-    return at_each, classes.sum(at_each), jnp.maximum(classes.sum(exist.astype(z.dtype)), 1)
+    return at_each, classes.sum(at_each), _count(exist, z.dtype, classes)
 
 
 @forward_mode
@@ -76,12 +102,12 @@ def label_losses(
 
 
 def _shares(x: Array, weights: Array | None, adjust: Adjustment, classes: Classes) -> bool:
-    """Whether a derivative shares the exponentials of the loss: of logits as they are, each row on one device."""
-    as_given = weights is None and adjust.is_identity and not classes.lean
+    """Whether a derivative shares the exponentials of the loss: each row on one device, and no weights of classes."""
+    even = (weights is None or _is_even(weights)) and not classes.lean
     local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
     axis = (x.ndim - 1,)
     # Of fewer classes a row's own numbers, of which there are more, take what this saves.
-    return as_given and local and class_count(x, axis) >= 2**5 and shares(x, axis)
+    return even and local and class_count(x, axis) >= 2**5 and shares(x, axis)
 
 
 def _only_live(x: Array, live: Array | None) -> Array:
@@ -137,25 +163,32 @@ def logit_cotangent(
     if live is not None:
         g = Losses(*(jnp.where(live, a, 0) for a in g))
     nll, g_nll, g_lse, g_uniform = (a[..., None] for a in (nll, *g))
+    exists, weights_bar = z != -jnp.inf, None
     if weights is not None:
-        at_each, weight_sum, count = _existing_weights(z, weights, classes)
-        g_each = g_uniform / count
-        g_lse = g_lse + g_each * weight_sum
+        if _is_even(weights):
+            of_each = weights * g_uniform / _count(exists, z.dtype, classes)
+            g_lse, weights_bar = g_lse + weights * g_uniform, jnp.zeros_like(weights)
+        else:
+            at_each, weight_sum, count = _existing_weights(z, weights, classes)
+            g_each = g_uniform / count
+            of_each, g_lse = g_each * at_each, g_lse + g_each * weight_sum
     at_label = g_lse * jnp.exp(-nll) - g_nll * _complement(nll)
     if shared:
         p = _others_probabilities(classes, z, y, total)
         impossible = label_logit(z, Adjustment(), y, classes) == -jnp.inf  # the gather is that of the loss
         z_bar = jnp.where(p == 0, 0, (g_nll + g_lse) * p)
-        return at_labels(lax.scatter_add, z_bar, y, jnp.where(impossible, 0, at_label)), None
+        if weights is not None:
+            z_bar = jnp.where(exists, z_bar - of_each, 0)
+        return at_labels(lax.scatter_add, z_bar, y, jnp.where(impossible, 0, at_label)), weights_bar
     p = _probabilities(classes, z, total)
     z_bar = (g_nll + g_lse) * p
-    exists, weights_bar = z != -jnp.inf, None
     # Behind a barrier, or XLA would keep the distances of the sum.
     places = places_of(z)
     here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
     z_bar = jnp.where(here, at_label, z_bar)
     if weights is not None:
-        z_bar = z_bar - g_each * at_each
+        z_bar = z_bar - of_each
+    if weights is not None and not _is_even(weights):
         log_p = _log_probabilities(classes, z, total)
         log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
         extra = tuple(range(z.ndim - weights.ndim))

@@ -11,7 +11,7 @@ from jaxact._canonical import as_float, canonical_scalar, canonical_smoothing, c
 from jaxact._classes import Classes
 from jaxact._elementary import polynomial
 from jaxact._exponentials import finite
-from jaxact._sigmoid import sigmoid
+from jaxact._sigmoid import _sigmoid_slope, sigmoid
 
 
 class Losses(NamedTuple):
@@ -73,13 +73,13 @@ def _capped(x: Array, cap: Array) -> Array:
 def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, cap), (x_dot, cap_dot) = primals, tangents
     u = x / cap
-    # tanh u = σ(2u) − σ(−2u), and sech² u is not 1 − tanh², of which nothing is left where tanh rounds to 1.
-    above, below = sigmoid(2 * u), sigmoid(-2 * u)
-    of_x = 4 * above * below
+    # sech² u is not 1 − tanh², of which nothing is left where tanh rounds to 1, but 4 σ′(2u). And of tanh u, as
+    # σ(2u) − σ(−2u), it is the derivative to the last digit, which second derivatives of the cap cancel.
+    of_x = 4 * _sigmoid_slope(2 * u)
     # tanh u − u sech² u is sech² u (sinh 2u − 2u)/2, of which the series has what the difference cancels.
     near = jnp.abs(u) < 0.5
     v = jnp.where(near, 2 * u, 0)
-    of_cap = jnp.where(near, of_x * v**3 * polynomial(_SINH, v * v) / 2, (above - below) - u * of_x)
+    of_cap = jnp.where(near, of_x * v**3 * polynomial(_SINH, v * v) / 2, sigmoid(2 * u) - sigmoid(-2 * u) - u * of_x)
     return _capped(x, cap), of_x * x_dot + of_cap * cap_dot
 
 
