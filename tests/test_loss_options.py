@@ -54,6 +54,62 @@ def test_options(labels: str, name: str, x64: None) -> None:
         np.testing.assert_allclose(np.asarray(gradient[a]), want, rtol=1e-12, atol=1e-13, err_msg=a)
 
 
+# In float32, of so many classes that a gradient shares the exponentials of its loss: some thousand numbers, and more.
+@pytest.mark.parametrize("shape", [(100, 40), (400, 100)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 1.0},
+        {"temperature": 2.0, "z_loss": 0.2},
+        {"logit_softcap": 4.0},
+        {"logit_softcap": 4.0, "temperature": 0.5, "label_smoothing": 0.25, "z_loss": 0.2},
+    ],
+)
+def test_options_of_many_classes(options: dict[str, Any], shape: tuple[int, int]) -> None:
+    rows, classes = shape
+    rng = np.random.default_rng(7)
+    x = np.float32(rng.normal(size=shape) * rng.choice([1, 5, 20], (rows, 1)) + rng.normal(size=(rows, 1)))
+    y, exists = rng.integers(1, classes, rows), np.ones(shape, bool)
+    # A class that does not exist; rows with none, with a nan, and such as do not count.
+    exists[0, 0] = exists[1] = False
+    x[2, 0], x[3:6] = NAN, NAN
+    given, counts = np.where(exists, x, -INF), (np.arange(rows) < 3) | (np.arange(rows) > 5)
+
+    @jax.jit
+    def run(x: Any) -> Any:
+        loss, pull = jax.vjp(lambda x: integer_loss(x, y, where=counts, **options), x)
+        return loss, pull(jnp.ones_like(loss))[0]
+
+    loss, gradient = (np.asarray(a, np.float64) for a in run(given))
+    np.testing.assert_array_equal(loss[1:6], [0, NAN, 0, 0, 0])
+    np.testing.assert_array_equal(gradient[1:6], np.broadcast_to(loss[1:6, None], (5, classes)))
+    assert gradient[0, 0] == 0
+    ordinary = np.isfinite(x).all(1) & exists[:, -1]
+    x, hot, exists = np.float64(x[ordinary]), np.eye(classes)[y[ordinary]], exists[ordinary]
+    # A cap rounds its logits by 3 ulp of tanh and one of the product, which a temperature of ½ doubles.
+    cap = options.get("logit_softcap", INF)
+    rtol = 16 * U + (2 * 4 * 2 * cap * U if cap < INF else 0)
+    np.testing.assert_allclose(loss[ordinary], oracles.cross_entropy(x, hot, exists, **options), rtol=rtol)
+    # The terms of its gradient, of which none cancels; their sum may.
+    t, smoothing, z_loss = (
+        options.get(name, n) for name, n in (("temperature", 1), ("label_smoothing", 0), ("z_loss", 0))
+    )
+    capped = x if cap == INF else cap * np.tanh(x / cap)
+    slope = exists / np.cosh(x / cap) ** 2 / t
+    e = np.where(exists, np.exp(capped / t), 0)
+    lse = np.log(e.sum(1, keepdims=True))
+    p = e / np.exp(lse)
+    but_label = np.where(hot == 1, -(p * (1 - hot)).sum(1, keepdims=True), p)
+    terms = np.stack([(1 - smoothing) * but_label, smoothing * p, -smoothing / exists.sum(1, keepdims=True) + 0 * p])
+    of_z_loss = 2 * z_loss * p
+    size = abs(terms).sum(0) + of_z_loss * (1 + abs(lse))  # of log Σ e^z the error is that of the largest of its terms
+    want = (terms.sum(0) + of_z_loss * lse) * slope
+    # A temperature rounds the distance from the maximum. What is not a normal number may be 0.
+    rounded = rtol + U * (capped.max(1, keepdims=True) - capped) / t * ("temperature" in options)
+    assert (abs(gradient[ordinary] - want) <= rounded * size * slope + 2.0**-126).all()
+
+
 @pytest.mark.parametrize("axis", [1, (2, 0), None])
 def test_axis_and_agreement_with_optax(axis: Any) -> None:
     x = np.random.default_rng(4).normal(size=(3, 4, 2)).astype(np.float32)
