@@ -176,7 +176,7 @@ def logit_cotangent(
     if shared:
         p = _others_probabilities(classes, z, y, total)
         impossible = label_logit(z, Adjustment(), y, classes) == -jnp.inf  # the gather is that of the loss
-        z_bar = jnp.where(p == 0, 0, (g_nll + g_lse) * p)
+        z_bar = jnp.where(exists & (p != 0), (g_nll + g_lse) * p, 0)  # the cotangent may be infinite
         if weights is not None:
             z_bar = jnp.where(exists, z_bar - of_each, 0)
         return at_labels(lax.scatter_add, z_bar, y, jnp.where(impossible, 0, at_label)), weights_bar
@@ -234,7 +234,7 @@ _probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
 def _others_probabilities(classes: Classes, z: Array, y: Array, total: Total) -> Array:
     """The probabilities, and 0 at the label, of the exponentials that are shared."""
     e, at_peak = others_exponentials(z, total.shift, y)
-    return jnp.where(e == 0, 0, e / (total.sum * at_peak))  # a sum of nan leaves alone what does not exist
+    return e / (total.sum * at_peak)
 
 
 def _others_probabilities_fwd(classes: Classes, z: Array, y: Array, total: Total) -> Any:

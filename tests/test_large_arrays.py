@@ -57,6 +57,8 @@ def test_a_nan_reaches_its_row_and_no_other(name: str, shape: tuple[int, int], d
     x, y = rng.normal(size=shape), rng.integers(0, shape[1], shape[0])
     bad = np.arange(shape[0]) % 7 == 0
     x[bad, rng.integers(0, shape[1], bad.sum())] = NAN
+    if name != "integer labels, options":  # of which a cap is constant there
+        x[::14, 1] = np.where(np.isnan(x[::14, 1]), NAN, INF)  # beside it the other classes are impossible
     value, slope = value_and_slope(name, x.astype(dtype), y)
     np.testing.assert_array_equal(np.isnan(np.asarray(value, np.float32)), bad)
     slope = np.isnan(np.asarray(slope, np.float32))
