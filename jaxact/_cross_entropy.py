@@ -188,11 +188,11 @@ def logit_cotangent(
     z_bar = jnp.where(here, at_label, z_bar)
     if weights is not None:
         z_bar = z_bar - of_each
-    if weights is not None and not _is_even(weights):
-        log_p = _log_probabilities(classes, z, total)
-        log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
-        extra = tuple(range(z.ndim - weights.ndim))
-        weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
+        if not _is_even(weights):
+            log_p = _log_probabilities(classes, z, total)
+            log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
+            extra = tuple(range(z.ndim - weights.ndim))
+            weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
     # What does not exist has no derivative, whatever its row's loss is.
     return jnp.where(exists, z_bar, 0), weights_bar
 

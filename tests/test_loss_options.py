@@ -69,12 +69,13 @@ def test_options(labels: str, name: str, x64: None) -> None:
 def test_options_of_many_classes(options: dict[str, Any], shape: tuple[int, int]) -> None:
     rows, classes = shape
     rng = np.random.default_rng(7)
-    x = np.float32(rng.normal(size=shape) * rng.choice([1, 5, 20], (rows, 1)) + rng.normal(size=(rows, 1)))
+    x = rng.normal(size=shape) * rng.choice([1, 5, 20], (rows, 1)) + rng.normal(size=(rows, 1))
+    x = x.astype(np.float32).astype(np.float64)
     y, exists = rng.integers(1, classes, rows), np.ones(shape, bool)
     # A class that does not exist; rows with none, with a nan, and such as do not count.
     exists[0, 0] = exists[1] = False
     x[2, 0], x[3:6] = NAN, NAN
-    given, counts = np.where(exists, x, -INF), (np.arange(rows) < 3) | (np.arange(rows) > 5)
+    given, counts = np.where(exists, x, -INF).astype(np.float32), (np.arange(rows) < 3) | (np.arange(rows) > 5)
 
     @jax.jit
     def run(x: Any) -> Any:
@@ -86,7 +87,7 @@ def test_options_of_many_classes(options: dict[str, Any], shape: tuple[int, int]
     np.testing.assert_array_equal(gradient[1:6], np.broadcast_to(loss[1:6, None], (5, classes)))
     assert gradient[0, 0] == 0
     ordinary = np.isfinite(x).all(1) & exists[:, -1]
-    x, hot, exists = np.float64(x[ordinary]), np.eye(classes)[y[ordinary]], exists[ordinary]
+    x, hot, exists = x[ordinary], np.eye(classes)[y[ordinary]], exists[ordinary]
     # A cap rounds its logits by 3 ulp of tanh and one of the product, which a temperature of ½ doubles.
     cap = options.get("logit_softcap", INF)
     rtol = 16 * U + (2 * 4 * 2 * cap * U if cap < INF else 0)
