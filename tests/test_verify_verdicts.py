@@ -360,3 +360,48 @@ def test_one_transformation_as_a_string() -> None:
     names = [c.name for c in verify.rule(jnp.sin, X, transforms="jit", edges=None).checks]
     assert "reverse, jit" in names
     assert "reverse, remat" not in names
+
+
+# Where there is no derivative, or what is given is not finite.
+
+
+def with_slope(f: Any, slope: Any) -> Any:
+    return with_rule(f, lambda x: (f(x), x), lambda x, g: (g * slope(x),))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_kink_in_the_sweep(dtype: str) -> None:
+    """No slope there is known, but none is nan, or beyond those beside it."""
+    x = jnp.linspace(-3, 3, 12).astype(dtype)
+    nan, seven = lambda x: x / jnp.abs(x), lambda x: jnp.where(x == 0, 7, jnp.sign(x))
+    for slope, due in (nan, "where f is 0"), (seven, "gives 7 where the slopes beside it are -1 and 1"):
+        report = verify.rule(with_slope(jnp.abs, slope), x, transforms=())
+        assert report.verdict == "refuted"
+        assert "at x = -0, reverse mode gives" in report.reasons[0]
+        assert due in report.reasons[0]
+        assert "jnp.array([-0.0]" in report.witness
+    hinge, one = lambda x: jnp.maximum(0, 1 - x), lambda x: jnp.where(x == 1, jnp.nan, jnp.where(x < 1, -1, 0))
+    report = verify.rule(with_slope(hinge, lambda x: one(x).astype(x.dtype)), x, transforms=())
+    assert "at x = 1, reverse mode gives nan" in report.reasons[0]
+    # Any number between them will do, and so does no number where there is no slope: of a root at 0 it is infinite.
+    for f in (jax.nn.relu, jnp.sqrt):
+        report = verify.rule(f, jnp.abs(x), transforms=())
+        assert report.ok, str(report)
+        assert "not known at" in str(report)
+
+
+def test_infinite_arguments() -> None:
+    """They are exact, so that others may still be rounded; and what is infinite has no derivative that is known."""
+    x: Any = np.float32(np.random.default_rng(0).normal(size=(2, 4)))
+    x[0, 1] = -np.inf
+    report = verify.rule(jaxact.softmax, x)
+    assert report.ok, str(report)
+    x[0, 1] = np.inf
+    report = verify.rule(
+        lambda x: losses.softmax_cross_entropy_with_integer_labels(x, np.zeros(2, np.int32)), x, transforms=()
+    )
+    assert report.verdict == "inconclusive", str(report)
+    assert "f is not finite there" in report.reasons[0]
+    x[0, 1] = np.nan
+    report = verify.rule(lambda x: jnp.exp(jnp.where(x > -9, x, -9)), x, transforms=())
+    assert report.verdict != "refuted", str(report)
