@@ -22,6 +22,7 @@ from jaxact._reductions import (
     at_once,
     class_by_class,
     class_count,
+    few,
     maximum,
     on_cpu,
     size,
@@ -131,11 +132,12 @@ def exponentials(x: Array, shift: Shift, t: Array | None, axis: Axes, exp: Calla
 def scaled_exponentials(x: Array, peak: Array, axis: Axes) -> tuple[Array, Array]:
     """The exponentials of float32 over a number for each row, and those of the maxima over the same.
 
-    By our own exponential, and XLA's in small arrays: that is no operation in its eyes, and the loop is not split. Ours
-    is divided by 2ⁿ, and about 2 to 4 at the maximum. No logit is rounded: of one near a large m the difference x − m
-    is exact, and others need none.
+    By our own exponential, and XLA's in small arrays: that is no operation in its eyes, and the loop is not split. (Nor
+    is a loop through few numbers; and there `classifiers` needs that of `sigmoid`, bit for bit.) Ours is divided by 2ⁿ,
+    and about 2 to 4 at the maximum. No logit is rounded: of one near a large m the difference x − m is exact, and
+    others need none.
     """
-    if small(x):
+    if small(x) and not few(x):
         shift = shift_without_factor(peak, class_count(x, axis))
         return exponentials(x, shift, None, axis), exponentials(peak, shift, None, ())
     by = jnp.where(jnp.abs(peak) <= 2.0**8, 0, peak)  # so a peak of nan leaves none a number
