@@ -9,8 +9,9 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxact._canonical import wider
-from jaxact._classes import AxisName, Classes, as_row, at_index, vary, varying
-from jaxact._cross_entropy import entropy, entropy_cotangent, label_losses, logit_cotangent, predicted
+from jaxact._classes import AxisName, Classes, as_row, at_index, predicted, vary, varying
+from jaxact._cross_entropy import label_losses, logit_cotangent
+from jaxact._entropy import entropy, entropy_cotangent
 from jaxact._forward_mode import forward_mode, of_perturbed
 from jaxact._options import Adjustment, Losses, Options
 

@@ -11,22 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxact._class_probabilities import log_probabilities, others_probabilities, probabilities
 from jaxact._classes import Classes, as_divided, varying
-from jaxact._elementary import exp
-from jaxact._exponentials import (
-    Total,
-    below,
-    but_maximum,
-    certain,
-    finite,
-    times_jacobian,
-    undominated,
-)
 from jaxact._forward_mode import forward_mode
-from jaxact._label_sums import LabelSums, at_labels, label_logit, label_sums, others_exponentials, places_of
+from jaxact._label_sums import LabelSums, at_labels, label_logit, label_sums, places_of
+from jaxact._limits import finite
 from jaxact._options import Adjustment, Losses
 from jaxact._reductions import class_count
-from jaxact._shared_exponentials import shares, softmax_of_shared
+from jaxact._row_sums import Total, below
+from jaxact._shared_exponentials import shares
 
 
 def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, classes: Classes) -> Losses:
@@ -45,7 +38,7 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
         uniform = weights * _mean_information(classes, z, sums.total)
     else:
         at_each, _, count = _existing_weights(z, weights, classes)
-        log_p = _log_probabilities(classes, z, sums.total)
+        log_p = log_probabilities(classes, z, sums.total)
         uniform = -classes.sum(jnp.where(at_each == 0, 0, at_each * log_p)) / count
     return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
 
@@ -174,13 +167,13 @@ def logit_cotangent(
             of_each, g_lse = g_each * at_each, g_lse + g_each * weight_sum
     at_label = g_lse * jnp.exp(-nll) - g_nll * _complement(nll)
     if shared:
-        p = _others_probabilities(classes, z, y, total)
+        p = others_probabilities(classes, z, y, total)
         impossible = label_logit(z, Adjustment(), y, classes) == -jnp.inf  # the gather is that of the loss
         z_bar = jnp.where(exists & (p != 0), (g_nll + g_lse) * p, 0)  # the cotangent may be infinite
         if weights is not None:
             z_bar = jnp.where(exists, z_bar - of_each, 0)
         return at_labels(lax.scatter_add, z_bar, y, jnp.where(impossible, 0, at_label)), weights_bar
-    p = _probabilities(classes, z, total)
+    p = probabilities(classes, z, total)
     z_bar = (g_nll + g_lse) * p
     # Behind a barrier, or XLA would keep the distances of the sum.
     places = places_of(z)
@@ -189,7 +182,7 @@ def logit_cotangent(
     if weights is not None:
         z_bar = z_bar - of_each
         if not _is_even(weights):
-            log_p = _log_probabilities(classes, z, total)
+            log_p = log_probabilities(classes, z, total)
             log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
             extra = tuple(range(z.ndim - weights.ndim))
             weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
@@ -205,126 +198,3 @@ def _complement(nll: Array) -> Array:
 
 # Written down because JAX 0.10 has 1 + expm1 for it, where all digits of a small p are lost.
 _complement.defjvps(lambda nll_dot, _, nll: nll_dot * jnp.exp(-nll))
-
-
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probabilities(classes: Classes, z: Array, total: Total) -> Array:
-    # The minimum changes +inf alone, from which no shift can be taken. Behind the barrier XLA computes the exponentials
-    # again instead of keeping them from where they were summed.
-    total = lax.optimization_barrier(total)
-    d = jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - total.shift
-    return (jnp.exp(d) if classes.lean else exp(d)) / total.sum
-
-
-def _probabilities_fwd(classes: Classes, z: Array, total: Total) -> tuple[Array, Array]:
-    p = _probabilities(classes, z, total)
-    return p, p
-
-
-def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, None]:
-    return times_jacobian(certain(p), g, (p.ndim - 1,), classes.sum), None
-
-
-_probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
-
-
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _others_probabilities(classes: Classes, z: Array, y: Array, total: Total) -> Array:
-    """The probabilities, and 0 at the label, of the exponentials that are shared."""
-    e, at_peak = others_exponentials(z, total.shift, y)
-    return e / (total.sum * at_peak)
-
-
-def _others_probabilities_fwd(classes: Classes, z: Array, y: Array, total: Total) -> Any:
-    return _others_probabilities(classes, z, y, total), (z, y, total)
-
-
-def _others_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
-    z, y, total = residuals
-    g = at_labels(lax.scatter, g, y, jnp.zeros_like(total.sum))
-    p = softmax_of_shared(z, Total(*(a[..., 0] for a in total)), (z.ndim - 1,))
-    return times_jacobian(certain(p), g, (p.ndim - 1,), classes.sum), None, None
-
-
-_others_probabilities.defvjp(_others_probabilities_fwd, _others_probabilities_bwd)
-
-
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_probabilities(classes: Classes, z: Array, total: Total) -> Array:
-    # About the maximum, as in log_softmax, and not the shift, which may be the logit of an unlikely label: no term is
-    # positive, and none falsely 0.
-    top = classes.max(z)
-    peak = finite(top)
-    d = below(peak, z, ())
-    weight = but_maximum(z, peak, ())
-    others, ties = classes.sum(jnp.exp(d) * weight) / 2, classes.sum(2 - weight) / 2
-    # Beside an infinite logit every other class is infinitely unlikely.
-    impossible = (top == jnp.inf) & (z < jnp.inf)
-    return jnp.where(impossible, -jnp.inf, d - jnp.log1p(others + jnp.maximum(ties - 1, 0)))
-
-
-def _log_probabilities_fwd(classes: Classes, z: Array, total: Total) -> Any:
-    return _log_probabilities(classes, z, total), (z, total)
-
-
-def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
-    z, total = residuals
-    return g - _probabilities(classes, z, total) * classes.sum(g), None
-
-
-_log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
-
-
-FAR_BELOW = 1000.0  # of a class so far below the maximum nothing is left in a sum
-
-
-@forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def entropy(classes: Classes, z: Array, total: Total) -> Array:
-    """H = −Σ p log p of each row, in nats, with the class axis kept. The `total` is about the maximum."""
-    # Of H = log S + Σ e^{−d} d / S, with d = m − z the distances from the maximum and S = Σ e^{−d}, all terms are
-    # positive or 0. But where one class has most of S = 1 + o, log S has lost the digits of o. There
-    # H = (log S − (S − 1)/S) + (o + Σ e^{−d} d)/S, of which the first is about o²/2: for that what is left is enough.
-    # And o is summed along with the rest, in one pass: 1 is added to d wherever it is not 0.
-    dominated = jnp.where(undominated(total.sum - 1), 0.0, 1.0)
-    top = lax.optimization_barrier(total.shift)  # or XLA keeps e^{−d} from where it was summed before
-    d = -jnp.maximum(below(top, z, ()), -FAR_BELOW)
-    mean = classes.sum(jnp.exp(-d) * (d + jnp.minimum(d / float(jnp.finfo(d.dtype).tiny), dominated))) / total.sum
-    return (jnp.log(total.sum) - dominated * (total.sum - 1) / total.sum) + mean
-
-
-def _entropy_fwd(classes: Classes, z: Array, total: Total) -> Any:
-    return entropy(classes, z, total), (z, total)
-
-
-def _entropy_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
-    z, total = residuals
-    return entropy_cotangent(classes, z, total, g), None
-
-
-entropy.defvjp(_entropy_fwd, _entropy_bwd)
-
-
-def entropy_cotangent(classes: Classes, z: Array, total: Total, g: Array) -> Array:
-    # ∂H/∂z = −p (log p + H) = p (d − ⟨p, d⟩): the logarithms cancel, and with them all that could be lost in them.
-    # (Not `below`, which at the maximum itself has half its slope.)
-    d = jnp.minimum(total.shift - jnp.minimum(z, float(jnp.finfo(z.dtype).max)), FAR_BELOW)
-    p = _probabilities(classes, z, total)
-    return g * p * (d - classes.sum(p * d))
-
-
-def predicted(z: Array, classes: Classes) -> Array:
-    """The first class with the largest logit."""
-    z = lax.stop_gradient(z)  # a maximum over devices has no derivative
-    largest = z >= classes.max(z)
-    if not z.shape[-1]:
-        return jnp.zeros(z.shape[:-1], int)
-    place = jnp.argmax(largest, -1)  # of numbers, it takes XLA for CPU five times as long
-    if classes.axis_name is None:
-        return place
-    # The first of the devices that have it.
-    place = place + lax.axis_index(classes.axis_name) * z.shape[-1]
-    return lax.pmin(jnp.where(jnp.any(largest, -1), place, jnp.iinfo(place.dtype).max), classes.axis_name)

@@ -15,17 +15,10 @@ from jaxact._branches import unless_all
 from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_row
 from jaxact._elementary import exp
-from jaxact._exponentials import (
-    Total,
-    at_most,
-    finite,
-    room,
-    scaled_exponentials,
-    undominated,
-    whole_shift,
-    written_sum,
-)
+from jaxact._exponentials import room, scaled_exponentials, whole_shift
+from jaxact._limits import at_most, finite
 from jaxact._options import Adjustment
+from jaxact._row_sums import Total, undominated, written_sum
 
 
 class LabelSums(NamedTuple):

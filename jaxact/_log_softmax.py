@@ -21,20 +21,11 @@ from jaxact._canonical import (
     static_axis,
     widen,
 )
-from jaxact._exponentials import (
-    RowSums,
-    Sums,
-    Total,
-    below,
-    but_maximum,
-    if_dominated,
-    is_possible,
-    row_sums,
-    uncontracted,
-    undominated,
-)
 from jaxact._forward_mode import forward_mode
+from jaxact._jacobian import uncontracted
+from jaxact._limits import is_possible
 from jaxact._reductions import Axes, at_once, class_count, maximum, spread, sum_over
+from jaxact._row_sums import RowSums, Sums, Total, below, but_maximum, if_dominated, row_sums, undominated
 from jaxact._shared_exponentials import shared_row_sums, shares_sums, without_mean_of_shared
 from jaxact._softmax import certain_softmax, softmax_of_sums, temperature_of
 

@@ -13,21 +13,11 @@ from jaxact._branches import unless_all
 from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, require_arrays, static_axis, widen
 from jaxact._classes import alike
 from jaxact._elementary import exp
-from jaxact._exponentials import (
-    UNSHIFTED,
-    Sums,
-    Total,
-    below,
-    but_maximum,
-    finite,
-    row_sums,
-    scaled_exponentials,
-    total_unshifted,
-    undominated,
-    written_sum,
-)
+from jaxact._exponentials import UNSHIFTED, scaled_exponentials
 from jaxact._forward_mode import forward_mode
+from jaxact._limits import finite
 from jaxact._reductions import Axes, maximum, spread, sum_over
+from jaxact._row_sums import Sums, Total, below, but_maximum, row_sums, total_unshifted, undominated, written_sum
 from jaxact._shared_exponentials import shares, softmax_of_shared
 from jaxact._softmax import softmax_of_sums
 

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxact._canonical import as_float, canonical_scalar, canonical_smoothing, canonical_temperature, divisor, widen
 from jaxact._classes import Classes
 from jaxact._elementary import polynomial
-from jaxact._exponentials import finite
+from jaxact._limits import finite
 from jaxact._sigmoid import _sigmoid_slope, sigmoid
 
 

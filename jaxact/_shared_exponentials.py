@@ -15,20 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxact._exponentials import (
-    RowSums,
-    Total,
-    certain,
-    finite,
-    if_dominated,
-    over_total,
-    scaled_exponentials,
-    times_jacobian,
-    undominated,
-    written_sum,
-)
+from jaxact._exponentials import scaled_exponentials
 from jaxact._forward_mode import forward_mode
+from jaxact._jacobian import certain, over_total, times_jacobian
+from jaxact._limits import finite
 from jaxact._reductions import Axes, class_by_class, few, maximum, on_cpu, size, small, spread, sum_over
+from jaxact._row_sums import RowSums, Total, if_dominated, undominated, written_sum
 
 
 def shares(x: Array, axis: Axes) -> bool:

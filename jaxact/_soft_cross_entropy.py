@@ -14,17 +14,11 @@ from jax import Array, lax
 
 from jaxact._branches import unless_all
 from jaxact._canonical import widen
-from jaxact._exponentials import (
-    RowSums,
-    below,
-    between,
-    is_largest,
-    row_sums,
-    sums_at_once,
-)
 from jaxact._forward_mode import forward_mode
+from jaxact._limits import between, is_largest
 from jaxact._log_softmax import _log_softmax, kept_sums, without_mean
 from jaxact._reductions import at_once, class_by_class, maximum, small, sum_over
+from jaxact._row_sums import RowSums, below, row_sums, sums_at_once
 from jaxact._shared_exponentials import shared_row_sums, shares_sums
 
 

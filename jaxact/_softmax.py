@@ -24,20 +24,10 @@ from jaxact._canonical import (
     widen,
 )
 from jaxact._classes import vary, varying
-from jaxact._exponentials import (
-    Sums,
-    at_most,
-    certain,
-    divided_by_total,
-    exponentials,
-    finite,
-    over_total,
-    scaled_exponentials,
-    shift_about,
-    times_jacobian,
-    written_sum,
-)
+from jaxact._exponentials import exponentials, scaled_exponentials, shift_about
 from jaxact._forward_mode import forward_mode
+from jaxact._jacobian import certain, divided_by_total, over_total, times_jacobian
+from jaxact._limits import at_most, finite
 from jaxact._reductions import (
     Axes,
     at_once,
@@ -51,6 +41,7 @@ from jaxact._reductions import (
     spread,
     sum_over,
 )
+from jaxact._row_sums import Sums, written_sum
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:

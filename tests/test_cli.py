@@ -16,6 +16,7 @@ import optax
 import pytest
 from matplotlib.figure import Figure
 
+import jaxact
 from jaxact import classifiers
 from jaxact._cli import converge, main
 from jaxact._cli._converge_figure import _gaps
@@ -308,7 +309,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_as_a_module(tmp_path: Path) -> None:
     file = write(tmp_path / "data.csv", *ROWS)
-    root = Path(classifiers.__file__).parents[1]
+    root = Path(jaxact.__file__).parents[1]
     command = [sys.executable, "-m", "jaxact", "converge", "--csv", str(file), "--label", "class", "--steps", "4"]
     done = subprocess.run([*command, "--out", tmp_path], cwd=root, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
@@ -319,7 +320,7 @@ def test_as_a_module(tmp_path: Path) -> None:
 def test_importing_jaxact_imports_nothing_heavy() -> None:
     heavy = ("matplotlib", "sklearn", "rich", "optax", "jaxact._cli")
     code = f"import sys, jaxact; print([name for name in {heavy} if name in sys.modules])"
-    root = Path(classifiers.__file__).parents[1]
+    root = Path(jaxact.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
