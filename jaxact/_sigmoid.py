@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, rounded_once
-from jaxact._elementary import exp, exponent_and_rest, log1p_of_fraction, log1p_of_positive, two_to
+from jaxact._elementary import exp, log1p_of_fraction, log1p_of_positive
 from jaxact._forward_mode import forward_mode
 
 
@@ -27,7 +27,7 @@ def sigmoid(x: ArrayLike) -> Array:
         σ′(x) = σ(x)σ(−x). Reverse mode keeps `x`.
 
     Numerics:
-        At most 1.75 ulp in float32 (`jax.nn.sigmoid`: 2.48), and 2.38 ulp for σ′ wherever that is a normal number;
+        At most 1.65 ulp in float32 (`jax.nn.sigmoid`: 2.48), and 2.38 ulp for σ′ wherever that is a normal number;
         s(1 − s) would be exactly 0 from x = 17 on. 16-bit types: within 0.51 ulp, value and derivative.
         Held by `tests/test_exhaustive.py`.
 
@@ -48,12 +48,11 @@ def sigmoid(x: ArrayLike) -> Array:
 @jax.custom_vjp
 @rounded_once
 def _sigmoid(x: Array) -> Array:
-    if x.dtype != jnp.float32:
-        return 1 / (1 + jnp.exp(-x))
-    # With e⁻ˣ = 2⁻ᵏ(1 + p) it is 2ᵏ/(2ᵏ + 1 + p). We add p to the lesser of 2ᵏ and 1, so that one sum is nearly exact.
-    k, p = exponent_and_rest(-jnp.clip(x, -88.0, 88.0))
-    power = two_to(-k)
-    return power / jnp.where(power < 1, (power + p) + 1, (power + 1) + p)
+    # With e = e^−|x| it is e/(1 + e) for x < 0, and 1 less that for the others. Both are b − b·e/(1 + e), with b = e or
+    # b = 1: what the quotient loses counts for less there, and no exponential overflows.
+    e = exp(-jnp.abs(x))
+    b = jnp.where(x < 0, e, 1)
+    return b - b * (e / (1 + e))
 
 
 def _sigmoid_fwd(x: Array) -> tuple[Array, Array]:
