@@ -24,7 +24,7 @@ from jaxact._canonical import (
 from jaxact._forward_mode import forward_mode
 from jaxact._jacobian import uncontracted
 from jaxact._limits import is_possible
-from jaxact._reductions import Axes, at_once, class_count, maximum, spread, sum_over
+from jaxact._reductions import Axes, at_once, maximum, spread, sum_over
 from jaxact._row_sums import RowSums, Sums, Total, below, but_maximum, if_dominated, row_sums, undominated
 from jaxact._shared_exponentials import shared_row_sums, shares_sums, without_mean_of_shared
 from jaxact._softmax import certain_softmax, softmax_of_sums, temperature_of
@@ -78,16 +78,15 @@ def log_softmax(
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis(axis, x.ndim)
-    y, _ = _log_softmax(masked(x, where, -math.inf), temperature_of(x, temperature), axes, False)
+    y, _ = _log_softmax(masked(x, where, -math.inf), temperature_of(x, temperature), axes)
     return masked(y, where, -math.inf)  # as in softmax
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _log_softmax(x: Array, t: Array | None, axis: Axes, differentiated: bool) -> tuple[Array, RowSums]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]:
     """Log-softmax over the axes, and the sums it is made of, as constants."""
-    # Of fewer classes a row's own numbers, of which there are more, take the value alone what this saves.
-    shared = shares_sums(x, t, axis) and (differentiated or class_count(x, axis) >= 48)
+    shared = shares_sums(x, t, axis)
     sums = shared_row_sums(x, axis) if shared else row_sums(x, t, axis)
     # Behind a barrier, as in `softmax_of_sums`: XLA would otherwise write down what the sums have found already, wide.
     # Not in one kernel, which it would part.
@@ -101,17 +100,17 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes, differentiated: bool) ->
     return ((d if t is None else d / t) - spread(jnp.log1p(sums.others), axis)).astype(x.dtype), sums
 
 
-def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes, differentiated: bool) -> Any:
-    y, sums = _log_softmax(x, t, axis, True)
+def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
+    y, sums = _log_softmax(x, t, axis)
     return (y, sums), (x, t, kept_sums(x, t, sums, axis))
 
 
-def _log_softmax_bwd(axis: Axes, differentiated: bool, residuals: Any, cotangents: Any) -> Any:
+def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
     v = without_mean(widen, x, t, sums, axis, cotangents[0])
     if t is None:
         return v, None
-    log_p = _log_softmax(widen(x), t, axis, False)[0]
+    log_p = _log_softmax(widen(x), t, axis)[0]
     possible = log_p > -jnp.inf
     t_bar = -jnp.sum(jnp.where(possible, v * jnp.where(possible, log_p, 0), 0)) / t
     return (v / t).astype(x.dtype), t_bar

@@ -1,7 +1,7 @@
 """Exponentials that a value shares with its gradient, or with a second sum of its own, on CPU.
 
 Where they are wanted once, XLA's library of kernels finds them as it sums them, and nothing is written to memory. But
-every operation beside a sum takes long there, and a gradient would find them again. Where one follows, they are an
+every operation beside a sum takes long there, and a second use would find them again. Where there is one, they are an
 array, by our own exponential unless they are few, which the library sums plainly, and of which the gradient is made in
 place. XLA sees that the two are the same as long as no barrier or branch lies between them. What a rule keeps is the
 logits, as ever.

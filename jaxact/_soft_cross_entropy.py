@@ -4,7 +4,6 @@ Rows have their classes on the last axis. Where a class is impossible, its −lo
 of 0 must leave it out. So there are two ways to sum: the one that copes with infinity is taken where a loss needs it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +16,17 @@ from jaxact._canonical import widen
 from jaxact._forward_mode import forward_mode
 from jaxact._limits import between, is_largest
 from jaxact._log_softmax import _log_softmax, kept_sums, without_mean
-from jaxact._reductions import at_once, class_by_class, maximum, small, sum_over
+from jaxact._reductions import at_once, class_by_class, maximum, sum_over
 from jaxact._row_sums import RowSums, below, row_sums, sums_at_once
 from jaxact._shared_exponentials import shared_row_sums, shares_sums
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def soft_losses(x: Array, q: Array, differentiated: bool) -> tuple[Array, RowSums]:
+@jax.custom_vjp
+def soft_losses(x: Array, q: Array) -> tuple[Array, RowSums]:
     """−Σ q log p of each row, and the sums it is made of, as constants."""
     axis = (x.ndim - 1,)
-    if shares_sums(x, None, axis) and (differentiated or not small(x)):
+    if shares_sums(x, None, axis):
         sums = shared_row_sums(x, axis)
         log_p = _below_or_impossible(x, sums.peak) - jnp.log1p(sums.others)[..., None]
         # A selection copes with infinity in one way; XLA's library does not take it in.
@@ -71,13 +70,13 @@ def _below_or_impossible(x: Array, peak: Array) -> Array:
     return below(peak, widen(x), (x.ndim - 1,)) * jnp.maximum(is_largest(peak) * largest, 1)[..., None]
 
 
-def _soft_losses_fwd(x: Array, q: Array, differentiated: bool) -> Any:
-    loss, sums = soft_losses(x, q, True)
+def _soft_losses_fwd(x: Array, q: Array) -> Any:
+    loss, sums = soft_losses(x, q)
     kept = kept_sums(x, None, sums, (x.ndim - 1,))
     return (loss, sums), (x, q, loss if kept is None else kept)
 
 
-def _soft_losses_bwd(differentiated: bool, residuals: Any, cotangents: Any) -> tuple[Array, Array]:
+def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     x, q, kept = residuals
     g, axis = cotangents[0][..., None], (x.ndim - 1,)
 
@@ -98,7 +97,7 @@ def _soft_losses_bwd(differentiated: bool, residuals: Any, cotangents: Any) -> t
         x_bar = unless_all(finite, in_one(False), in_one(True), x, g, q)
     else:
         x_bar = without_mean(of_log_p, x, None, kept, axis, g, q)
-    log_p = _log_softmax(widen(x), None, axis, False)[0]
+    log_p = _log_softmax(widen(x), None, axis)[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
     return x_bar.astype(x.dtype), q_bar.astype(q.dtype)
 

@@ -264,7 +264,7 @@ def _of_probabilities(
         q = (1 - options.label_smoothing) * q.astype(dtype) + jnp.where(exists, options.label_smoothing / count, 0)
     if weights is not None:
         q = q.astype(dtype) * as_row(weights, q.ndim)
-    loss, _ = soft_losses(*alike(z, q), False)
+    loss, _ = soft_losses(*alike(z, q))
     if options.z_loss is not None:
         loss = loss + times(options.z_loss, square_of(logsumexp(z, axis=-1) + adjust.shift))
     return masked(loss, live, 0)
