@@ -173,9 +173,9 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
 def _cotangents(y: Array, t: Array | None, g: Array, axis: Axes, dtype: Any) -> tuple[Array, Array | None]:
     def row_sum(a: Array) -> Array:
         # A barrier for what `written_sum` has a selection: that of what is transposed would not be linear. Larger
-        # arrays need memory between two kernels, which takes longer, as the start of a kernel does for smaller ones.
+        # arrays need memory between two kernels, which takes longer, and so does a kernel more for few numbers.
         total = sum_over(a, axis)
-        return spread(lax.optimization_barrier(total) if 2**17 <= size(y) <= 2**20 else total, axis)
+        return spread(total if few(y) or size(y) > 2**20 else lax.optimization_barrier(total), axis)
 
     z = times_jacobian(y, widen(g), axis, row_sum)
     if t is None:
