@@ -1,3 +1,5 @@
+"""Sigmoid, softmax and what is built on them, with derivatives that are right everywhere and in every mode."""
+
 import importlib
 from typing import Any
 

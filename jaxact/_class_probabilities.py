@@ -64,8 +64,8 @@ others_probabilities.defvjp(_others_probabilities_fwd, _others_probabilities_bwd
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def log_probabilities(classes: Classes, z: Array, total: Total) -> Array:
-    # About the maximum, as in log_softmax, and not the shift, which may be the logit of an unlikely label: no term is
-    # positive, and none falsely 0.
+    # About the maximum, as in log_softmax, and not the shift, which may be far from it: no term is positive, and none
+    # falsely 0.
     top = classes.max(z)
     peak = finite(top)
     d = below(peak, z, ())

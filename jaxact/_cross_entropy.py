@@ -35,7 +35,7 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
     if weights is None:
         uniform = jnp.zeros_like(nll)
     elif _is_even(weights):
-        uniform = weights * _mean_information(classes, z, sums.total)
+        uniform = _mean_information(classes, z, sums.total)
     else:
         at_each, _, count = _existing_weights(z, weights, classes)
         log_p = log_probabilities(classes, z, sums.total)
@@ -44,7 +44,7 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
 
 
 def _is_even(weights: Array) -> bool:
-    """Whether there is one weight for all classes."""
+    """Whether they are the constant 1, for all classes."""
     return weights.ndim == 0
 
 
@@ -86,7 +86,7 @@ def label_losses(
     differentiated: bool,
 ) -> tuple[Losses, Total]:
     """The losses of logits `x` after adjustment, 0 where not live; and the sum they are made of, as a constant."""
-    shared = differentiated and _shares(x, weights, adjust, classes)
+    shared = differentiated and _shares(x, weights, classes)
     if shared:
         x = _only_live(x, live)
     z_y, sums = label_sums(x, adjust, y, live, classes, shared)
@@ -94,7 +94,7 @@ def label_losses(
     return losses if live is None else Losses(*(jnp.where(live, a, 0) for a in losses)), sums.total
 
 
-def _shares(x: Array, weights: Array | None, adjust: Adjustment, classes: Classes) -> bool:
+def _shares(x: Array, weights: Array | None, classes: Classes) -> bool:
     """Whether a derivative shares the exponentials of the loss: each row on one device, and no weights of classes."""
     even = (weights is None or _is_even(weights)) and not classes.lean
     local = classes.axis_name is None and not any(jax.typeof(x).sharding.spec)
@@ -116,7 +116,7 @@ def _label_losses_fwd(classes: Classes, *arguments: Any) -> Any:
 
 def _label_losses_bwd(classes: Classes, differentiated: bool, residuals: Any, cotangents: Any) -> Any:
     x, y, live, weights, adjust, nll, total = residuals
-    shared = _shares(x, weights, adjust, classes)
+    shared = _shares(x, weights, classes)
     if not (classes.lean or shared):
         # Behind a barrier, XLA widens the logits again and does not keep them wide from where they were summed. But in
         # second derivatives it then also keeps probabilities twice.
@@ -159,8 +159,8 @@ def logit_cotangent(
     exists, weights_bar = z != -jnp.inf, None
     if weights is not None:
         if _is_even(weights):
-            of_each = weights * g_uniform / _count(exists, z.dtype, classes)
-            g_lse, weights_bar = g_lse + weights * g_uniform, jnp.zeros_like(weights)
+            of_each = g_uniform / _count(exists, z.dtype, classes)
+            g_lse, weights_bar = g_lse + g_uniform, jnp.zeros_like(weights)
         else:
             at_each, weight_sum, count = _existing_weights(z, weights, classes)
             g_each = g_uniform / count

@@ -11,7 +11,7 @@ from jaxact._reductions import Axes, class_by_class, on_cpu, size, spread
 
 def over_total(e: Array, total: Array, axis: Axes) -> Array:
     """Exponentials divided by their `total`; 0 where no class is left."""
-    # What is added is lost in any other sum: that is at least the `factor` of the shift.
+    # What is added is lost in any other sum: that is at least the `factor` of a `Shift`.
     return e / spread(total + 2.0**-100, axis)
 
 

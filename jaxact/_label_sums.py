@@ -56,8 +56,8 @@ def places_of(z: Array) -> Array:
     # Beyond 2²⁴ not every whole number is a float32. One row: JAX moves out of a loop what is the same in every step,
     # and then keeps it.
     count = z.shape[-1]
-    few = isinstance(count, int) and count <= 2**24  # it may be symbolic
-    return as_row(jnp.arange(count, dtype=compute_dtype(z.dtype) if few else jnp.int32), z.ndim)
+    exact = isinstance(count, int) and count <= 2**24  # it may be symbolic
+    return as_row(jnp.arange(count, dtype=compute_dtype(z.dtype) if exact else jnp.int32), z.ndim)
 
 
 def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:

@@ -78,7 +78,8 @@ def linear_cross_entropy(
             where that is 0; "sum"; or "none" for the loss of each token.
         chunk: the number of tokens whose logits are held at a time; "auto" for 32 MiB of them, or somewhat less than
             the gradient of `w` takes if that is more. Second derivatives of "mean" and "sum" take a quarter of it.
-            Where the entropy is differentiated there are up to six arrays of that size. 1 where shapes are symbolic.
+            Where the entropy is differentiated there are up to six arrays of that size. Where shapes are symbolic it
+            must be 1.
         accum_dtype: float32 or float64, what the products and the gradient of `w` are accumulated in; never narrower
             than `x`.
         precision: of the products, as for `jax.numpy.matmul`.

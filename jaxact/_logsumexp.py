@@ -54,10 +54,10 @@ def logsumexp(
         and the mask.
 
     Numerics:
-        m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0; on CPU, log Σ
-        where all sums are between e and e⁶³, for which no maximum need be found. With `b`, terms whose exponent is 87
-        or more (708 in float64) below the largest of those with b ≠ 0 are lost, whatever the weights, and
-        Σ |bᵢ| e^{aᵢ−m} must be finite. The gradient is as accurate as the sum: see `softmax`.
+        m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0; on CPU, of more
+        than 2048 numbers without a gradient, log Σ where all sums are between e and e⁶³, which needs no maximum.
+        With `b`, terms whose exponent is 87 or more (708 in float64) below the largest of those with b ≠ 0 are lost,
+        whatever the weights, and Σ |bᵢ| e^{aᵢ−m} must be finite. The gradient is as accurate as the sum: see `softmax`.
         16-bit types are computed in float32 and rounded once. Held by `tests/test_logsumexp.py`.
 
     Example:
@@ -140,12 +140,12 @@ def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
     total = written_sum(e, axis) / at_peak
     others = total - 1
 
-    def exact(x: Array, top: Array, peak: Array, others: Array) -> Array:
+    def exact(x: Array, peak: Array, others: Array) -> Array:
         alone = sum_over(jnp.exp(below(peak, x, axis)) * but_maximum(x, peak, axis), axis) / 2
         return jnp.where(undominated(others), others, alone)
 
     # Not of the exponentials, or they would be kept, and what the derivative makes of them not made in place.
-    others = unless_all(_settled(top, others), exact, lambda x, top, peak, others: others, x, top, peak, others)
+    others = unless_all(_settled(top, others), exact, lambda x, peak, others: others, x, peak, others)
     return top + jnp.log1p(others), (peak, total)
 
 

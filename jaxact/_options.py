@@ -11,7 +11,7 @@ from jaxact._canonical import as_float, canonical_scalar, canonical_smoothing, c
 from jaxact._classes import Classes
 from jaxact._elementary import polynomial
 from jaxact._limits import finite
-from jaxact._sigmoid import _sigmoid_slope, sigmoid
+from jaxact._sigmoid import sigmoid, sigmoid_slope
 
 
 class Losses(NamedTuple):
@@ -23,7 +23,7 @@ class Losses(NamedTuple):
 
 
 class Adjustment(NamedTuple):
-    """What is done to logits first: cap·tanh(x/cap), then (x − offset)/temperature. None leaves a step out."""
+    """What is done to logits first: −offset, cap·tanh(x/cap) and /temperature. None leaves a step out."""
 
     cap: Array | None = None
     temperature: Array | None = None
@@ -35,7 +35,7 @@ class Adjustment(NamedTuple):
 
     @property
     def shift(self) -> Array | float:
-        """By how much the offset has moved the adjusted logits."""
+        """By how much the offset, which is there without a cap, has moved the adjusted logits."""
         return 0.0 if self.offset is None or self.temperature is None else self.offset / self.temperature
 
     def __call__(self, x: Array) -> Array:
@@ -75,7 +75,7 @@ def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> 
     u = x / cap
     # sech² u is not 1 − tanh², of which nothing is left where tanh rounds to 1, but 4 σ′(2u). And of tanh u, as
     # σ(2u) − σ(−2u), it is the derivative to the last digit, which second derivatives of the cap cancel.
-    of_x = 4 * _sigmoid_slope(2 * u)
+    of_x = 4 * sigmoid_slope(2 * u)
     # tanh u − u sech² u is sech² u (sinh 2u − 2u)/2, of which the series has what the difference cancels.
     near = jnp.abs(u) < 0.5
     v = jnp.where(near, 2 * u, 0)

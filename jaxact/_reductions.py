@@ -59,8 +59,8 @@ def _in_pairs(combine: Callable[[Array, Array], Array], arrays: list[Array]) -> 
 
 def class_by_class(x: Array, axis: Axes) -> bool:
     """Whether there are so few classes, of so many rows, that they are taken one by one; on CPU alone."""
-    few = len(axis) == 1 and 1 < class_count(x, axis) <= FEW and size(x) >= 2**8 * class_count(x, axis)
-    return few and not jax.typeof(x).sharding.spec[axis[0]] and on_cpu()
+    narrow = len(axis) == 1 and 1 < class_count(x, axis) <= FEW and size(x) >= 2**8 * class_count(x, axis)
+    return narrow and not jax.typeof(x).sharding.spec[axis[0]] and on_cpu()
 
 
 def on_cpu() -> bool:

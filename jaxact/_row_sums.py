@@ -26,15 +26,15 @@ class Sums(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """The same about the maximum m, with the sum of all but the largest."""
+    """The same, with the sum of all but the largest."""
 
     peak: Array
-    total: Array
+    total: Array  # as in `Sums`; of exponentials that are shared, as in a `Total` about the maximum m
     others: Array  # Σ e^{(xⱼ − m)/t} over all j but one at which m is attained; 0 where no class is left
 
 
 class Total(NamedTuple):
-    """Σ e^{xⱼ − s} of a row; arrays of the shape of the rows."""
+    """Σ e^{xⱼ − s} of a row; arrays of the shape of the rows, and of one class beside integer labels."""
 
     shift: Array  # s, finite
     sum: Array

@@ -2,9 +2,8 @@
 
 Where they are wanted once, XLA's library of kernels finds them as it sums them, and nothing is written to memory. But
 every operation beside a sum takes long there, and a second use would find them again. Where there is one, they are an
-array, by our own exponential unless they are few, which the library sums plainly, and of which the gradient is made in
-place. XLA sees that the two are the same as long as no barrier or branch lies between them. What a rule keeps is the
-logits, as ever.
+array (`scaled_exponentials`), which the library sums plainly, and of which the gradient is made in place. XLA sees that
+the two are the same as long as no barrier or branch lies between them. What a rule keeps is the logits, as ever.
 """
 
 import functools
@@ -26,8 +25,7 @@ from jaxact._row_sums import RowSums, Total, if_dominated, undominated, written_
 def shares(x: Array, axis: Axes) -> bool:
     """Whether a derivative shares the exponentials of its value.
 
-    Not of other dtypes: in 16 bits the logits have half the size, and in 64 the exponential is XLA's, with which the
-    library takes in the minimum and loses nan.
+    Not of other dtypes: in 16 bits the logits have half the size, and in 64 there is no `exp_over`.
     """
     return on_cpu() and x.dtype == jnp.float32 and not class_by_class(x, axis)
 

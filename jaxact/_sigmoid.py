@@ -5,12 +5,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, rounded_once
+from jaxact._canonical import as_float, require_array, rounded_once
 from jaxact._elementary import exp, log1p_of_fraction, log1p_of_positive
 from jaxact._forward_mode import forward_mode
 
 
-@jax.jit
 def sigmoid(x: ArrayLike) -> Array:
     """Logistic sigmoid, σ(x) = 1/(1 + e⁻ˣ), element by element.
 
@@ -27,8 +26,8 @@ def sigmoid(x: ArrayLike) -> Array:
         σ′(x) = σ(x)σ(−x). Reverse mode keeps `x`.
 
     Numerics:
-        At most 1.65 ulp in float32 (`jax.nn.sigmoid`: 2.48), and 2.38 ulp for σ′ wherever that is a normal number;
-        s(1 − s) would be exactly 0 from x = 17 on. 16-bit types: within 0.51 ulp, value and derivative.
+        At most 1.65 ulp in float32 (`jax.nn.sigmoid`: 2.48), and 2.38 ulp for σ′ wherever that is a normal number:
+        s(1 − s), as in `jax.nn`, is exactly 0 from x = 17 on. 16-bit types: within 0.51 ulp, value and derivative.
         Held by `tests/test_exhaustive.py`.
 
     Example:
@@ -41,6 +40,11 @@ def sigmoid(x: ArrayLike) -> Array:
     References:
         jax issues 40385 and 40342.
     """
+    return _sigmoid_of_any(require_array("x", x))
+
+
+@jax.jit
+def _sigmoid_of_any(x: ArrayLike) -> Array:
     return _sigmoid(as_float("x", x))
 
 
@@ -61,7 +65,7 @@ def _sigmoid_fwd(x: Array) -> tuple[Array, Array]:
 
 @rounded_once
 def _sigmoid_bwd(x: Array, g: Array) -> tuple[Array]:
-    return (g * _sigmoid_slope(x),)
+    return (g * sigmoid_slope(x),)
 
 
 _sigmoid.defvjp(_sigmoid_fwd, _sigmoid_bwd)
@@ -69,25 +73,24 @@ _sigmoid.defvjp(_sigmoid_fwd, _sigmoid_bwd)
 
 @forward_mode
 @jax.custom_vjp
-def _sigmoid_slope(x: Array) -> Array:
+def sigmoid_slope(x: Array) -> Array:
     # σ′ = σ(x)σ(−x) = e/(1 + e)² with e = e^−|x|, multiplied out: of the terms of 1 + e(2 + e) the largest is exact.
     e = exp(-jnp.abs(x))
     return e / (1 + e * (2 + e))
 
 
 def _sigmoid_slope_fwd(x: Array) -> tuple[Array, Array]:
-    return _sigmoid_slope(x), x
+    return sigmoid_slope(x), x
 
 
 def _sigmoid_slope_bwd(x: Array, g: Array) -> tuple[Array]:
     # σ″ = σ′(1 − 2σ) = −σ′ tanh(x/2): a product, and so accurate at 0 and in the tails.
-    return (-g * _sigmoid_slope(x) * jnp.tanh(x / 2),)
+    return (-g * sigmoid_slope(x) * jnp.tanh(x / 2),)
 
 
-_sigmoid_slope.defvjp(_sigmoid_slope_fwd, _sigmoid_slope_bwd)
+sigmoid_slope.defvjp(_sigmoid_slope_fwd, _sigmoid_slope_bwd)
 
 
-@jax.jit
 def softplus(x: ArrayLike) -> Array:
     """Softplus, log(1 + eˣ), element by element.
 
@@ -117,6 +120,11 @@ def softplus(x: ArrayLike) -> Array:
     References:
         jax issue 40387. Mächler, "Accurately computing log(1 − exp(−|a|))" (2012), for the forms of log(1 + eˣ).
     """
+    return _softplus_of_any(require_array("x", x))
+
+
+@jax.jit
+def _softplus_of_any(x: ArrayLike) -> Array:
     return _softplus(as_float("x", x))
 
 
@@ -134,13 +142,12 @@ def _softplus_fwd(x: Array) -> tuple[Array, Array]:
 
 @rounded_once
 def _softplus_bwd(x: Array, g: Array) -> tuple[Array]:
-    return (g * sigmoid(x),)
+    return (g * _sigmoid(x),)
 
 
 _softplus.defvjp(_softplus_fwd, _softplus_bwd)
 
 
-@jax.jit
 def log_sigmoid(x: ArrayLike) -> Array:
     """Logarithm of the sigmoid, log σ(x) = −softplus(−x), element by element.
 
@@ -167,11 +174,15 @@ def log_sigmoid(x: ArrayLike) -> Array:
     References:
         jax issue 40383.
     """
+    return _log_sigmoid_of_any(require_array("x", x))
+
+
+@jax.jit
+def _log_sigmoid_of_any(x: ArrayLike) -> Array:
     # The rule of softplus is this function's rule: negation is exact.
     return -_softplus(-as_float("x", x))
 
 
-@jax.jit
 def logit(p: ArrayLike) -> Array:
     """Inverse of the sigmoid, logit(p) = log(p/(1 − p)), element by element.
 
@@ -202,6 +213,11 @@ def logit(p: ArrayLike) -> Array:
     References:
         SciPy's `special.logit` switches formulas near ½ for the same reason.
     """
+    return _logit_of_any(require_array("p", p))
+
+
+@jax.jit
+def _logit_of_any(p: ArrayLike) -> Array:
     return _logit(as_float("p", p))
 
 

@@ -1,7 +1,8 @@
 """The cross-entropy of labels that are probabilities, row by row: the rule of `losses.softmax_cross_entropy`.
 
 Rows have their classes on the last axis. Where a class is impossible, its −log p is infinite, and in −Σ q log p a label
-of 0 must leave it out. So there are two ways to sum: the one that copes with infinity is taken where a loss needs it.
+of 0 must leave it out. So there are two ways to sum: the one that copes with infinity is taken where a loss needs it,
+and, since a selection costs nothing there, of shared exponentials.
 """
 
 from collections.abc import Callable

@@ -106,7 +106,7 @@ def temperature_of(x: Array, temperature: ArrayLike | None) -> Array | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _softmax(x: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
     """Softmax over the axes. Our own exponential takes less time than XLA's, but not in what is then `summed`."""
-    if t is None and _is_one_class(x, axis):
+    if t is None and class_count(x, axis) == 1:
         return _of_one_class(x)
     divides = _divides(x, t, axis, summed)
     peak = finite(widen(maximum(x, axis)))
@@ -133,10 +133,6 @@ def _by_own_exponential(x: Array, t: Array | None, axis: Axes) -> bool:
         and not small(x)
         and size(x) <= most
     )
-
-
-def _is_one_class(x: Array, axis: Axes) -> bool:
-    return all(x.shape[a] == 1 for a in axis)
 
 
 def _of_one_class(x: Array) -> Array:
@@ -197,7 +193,7 @@ def certain_softmax(x: Array, t: Array | None, axis: Axes) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def softmax_of_sums(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Callable[[Array], Array]) -> Array:
     """Softmax over the axes of what has been summed, wide. The sums are not differentiated."""
-    if t is None and _is_one_class(x, axis):
+    if t is None and class_count(x, axis) == 1:
         return _of_one_class(x)
     # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
     shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))

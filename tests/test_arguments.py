@@ -1,5 +1,6 @@
 """What may be given, alike for all functions: promotion of ranks and dtypes, byte order, and the range of options."""
 
+import pickle
 import re
 from typing import Any
 
@@ -134,6 +135,13 @@ def test_no_classes_with_weights() -> None:
     labels = jnp.array([0, 3, -1])  # none exists
     assert np.isnan(integer_loss(jnp.zeros((3, 0)), labels, class_weight=jnp.ones(0))).all()
     assert dense_loss(jnp.zeros((3, 0)), jnp.zeros((3, 0)), class_weight=jnp.ones(0)).tolist() == [0, 0, 0]
+
+
+def test_functions_pickle_as_a_model_that_holds_one_may() -> None:
+    for module in (jaxact, losses, classifiers):
+        for f in (getattr(module, name) for name in dir(module) if not name.startswith("_")):
+            if callable(f):
+                assert pickle.loads(pickle.dumps(f)) is f
 
 
 @pytest.mark.parametrize("f", [jaxact.softmax, jaxact.log_softmax, jaxact.logsumexp])

@@ -1,4 +1,4 @@
-"""Two linear classifiers, one logit with a sigmoid and two logits with a softmax, and their training as twins."""
+"""Linear classifiers, one logit with a sigmoid or several with a softmax, and the training of two as twins."""
 
 from jaxact.classifiers._linear import (
     Params as Params,

@@ -82,12 +82,12 @@ def train_twins(
 
     With two classes softmax(z₀, z₁)₁ = σ(z₁ − z₀): a softmax over two logits is a sigmoid of their difference. Are the
     two also the same *in training*? Start from w₁ = w/2 and w₀ = −w/2, exact in binary, so that w = w₁ − w₀. Then
-    ∂L/∂w₁ = ∂L/∂w = −∂L/∂w₀: each column of the softmax receives the gradient of the sigmoid up to sign, w₁ − w₀ moves
+    ∂L/∂w₁ = ∂L/∂w = −∂L/∂w₀: each row of the softmax receives the gradient of the sigmoid up to sign, w₁ − w₀ moves
     twice as fast as w, and so the sigmoid model needs **twice the learning rate**. With that, w = w₁ − w₀ holds after
     every step of every optimizer that acts on each coordinate and is odd in the gradient: SGD, momentum, Nesterov,
     Adam, RMSProp, Adagrad. Decoupled weight decay, as in AdamW, needs half the decay, since it acts on w = 2w₁.
 
-    That is mathematics. For the two loss curves to agree *bit for bit*, both must round alike. A column's logits and
+    That is mathematics. For the two loss curves to agree *bit for bit*, both must round alike. A row's logits and
     their gradients, the losses given the log-odds, and the update are compiled apart, so that both models run the same
     code; what lies between (`log_odds_against` with one other class, halves, signs) is exact. With `jax.nn` and
     optax the curves drift apart, and on separable data the softmax loss becomes 0 while the sigmoid's does not.

@@ -1,5 +1,5 @@
-"""Losses over logits, name for name those of `optax.losses`: one value per example, with all its digits where
-it is small, and never nan by accident, in every mode of differentiation."""
+"""Losses over logits, name for name those of `optax.losses`: one value per example, or per binary decision, with all
+its digits where it is small, and never nan by accident, in every mode of differentiation."""
 
 from jaxact.losses._binary_cross_entropy import sigmoid_binary_cross_entropy as sigmoid_binary_cross_entropy
 from jaxact.losses._focal import sigmoid_focal_loss as sigmoid_focal_loss

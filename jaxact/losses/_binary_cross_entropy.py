@@ -50,8 +50,8 @@ def sigmoid_binary_cross_entropy(
 
     Derivative:
         (1 − y) σ(x) − pos_weight·y·σ(−x); of y, −x, or pos_weight·softplus(−x) − softplus(x); of pos_weight,
-        y·softplus(−x). Reverse mode keeps `logits`, `labels` and `pos_weight` in the shape of the logits and in float32
-        or wider, and the mask.
+        y·softplus(−x). Reverse mode keeps `logits`, and `labels` and `pos_weight` in their shape, in float32 or
+        wider; and the mask.
 
     Numerics:
         At most 4 ulp for y = 0 and 1, the derivative too: no 1 − σ(x) is formed. Right at ±inf, where 0·inf would be

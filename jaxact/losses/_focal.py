@@ -16,7 +16,7 @@ from jaxact._elementary import exp_and_rest, exp_of_sum, log, log1p_and_rest
 from jaxact._error_free import two_product, two_sum
 from jaxact._forward_mode import forward_mode
 from jaxact._options import times
-from jaxact._sigmoid import sigmoid, softplus
+from jaxact._sigmoid import sigmoid, sigmoid_slope, softplus
 from jaxact.losses._binary_cross_entropy import binary_cross_entropy, label_probability, like_logits
 
 
@@ -49,7 +49,7 @@ def sigmoid_focal_loss(
 
     Derivative:
         α_t (1 − p_t)^γ (γ (1 − 2y) σ′(x)/(1 − p_t) · BCE + BCE′): for y = 0 and 1 both terms have one sign. Reverse
-        mode keeps `logits`, `labels` and `alpha` in the shape of the logits and in float32 or wider, and the mask.
+        mode keeps `logits`, and `labels` and `alpha` in their shape, in float32 or wider; and the mask.
 
     Numerics:
         For y = 0 and 1 and γ ≤ 5 within 4 ulp of where x(1 ± u) puts the loss, which changes by a factor of up to
@@ -94,7 +94,7 @@ def _log_whole(x: Array) -> tuple[Array, Array, Array]:
     return e, *log1p_and_rest(e, rest)
 
 
-def _far(x: Array, y: Array) -> Array:
+def _opposed(x: Array, y: Array) -> Array:
     """How much of the label is on the other side of 0 than x: 0 or 1 for y = 0 and 1."""
     return jnp.where(x < 0, y, 1 - y)
 
@@ -104,7 +104,7 @@ def _power(x: Array, y: Array, gamma: Array) -> tuple[Array, Array]:
     # log q is −|x| − log(1 + e) where x is on the label's side, and −log(1 + e) on the other. A power multiplies
     # every rounding before it, so that this is known to more digits than a number has.
     e, log_whole, of_whole = _log_whole(x)
-    far, gamma = _far(x, y), jnp.broadcast_to(gamma, x.shape)
+    far, gamma = _opposed(x, y), jnp.broadcast_to(gamma, x.shape)
     log_part = jnp.where(far == 0, -jnp.minimum(jnp.abs(x), _FAR), log(far + (1 - far) * e))
     (a, of_a), (b, of_b) = two_product(gamma, log_part), two_product(gamma, -log_whole)
     exponent, of_exponent = two_sum(a, b)
@@ -148,7 +148,7 @@ def _log_q_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _slope_ratio(x: Array, y: Array) -> Array:
     """σ′/q, so that ∂log q/∂x = (1 − 2y) σ′/q."""
-    soft = sigmoid(x) * sigmoid(-x) / _positive_q(x, y)
+    soft = sigmoid_slope(x) / _positive_q(x, y)
     return jnp.where(y == 1, sigmoid(x), jnp.where(y == 0, sigmoid(-x), soft))
 
 
@@ -168,7 +168,7 @@ def _q_slope(x: Array) -> Array:
 
 
 # Written down, since 1 − tanh² is 0 where tanh rounds to 1.
-_q_slope.defjvps(lambda x_dot, _, x: -2 * sigmoid(x) * sigmoid(-x) * x_dot)
+_q_slope.defjvps(lambda x_dot, _, x: -2 * sigmoid_slope(x) * x_dot)
 
 
 def _positive_q(x: Array, y: Array) -> Array:
@@ -184,7 +184,7 @@ def _focal_loss(x: Array, y: Array, alpha: Array | None, gamma: Array) -> Array:
     s, r = _power(wide, y, gamma)
     # The loss is log(1 + e), and |x| more on the side away from the label: known as exactly as the power, it is
     # rounded when 1 + r has multiplied it.
-    (_, log_whole, of_whole), far, distance = _log_whole(wide), _far(wide, y), jnp.abs(wide)
+    (_, log_whole, of_whole), far, distance = _log_whole(wide), _opposed(wide, y), jnp.abs(wide)
     loss = log_whole + times(far, distance)
     _, of_loss = two_sum(log_whole, far * jnp.minimum(distance, _FAR))
     loss = loss + jnp.where(loss < jnp.inf, r * loss + (of_loss + of_whole), 0)

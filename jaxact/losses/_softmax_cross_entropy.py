@@ -81,8 +81,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     Returns:
         One loss per label, in float32 for 16-bit logits. 0 for examples that do not count and where no class is left;
-        +inf where the label's class is masked or has logit −inf, or another's is +inf; nan for a label that is out of
-        range.
+        +inf where the label's class is masked or has logit −inf, or another's is +inf or the largest number; nan for a
+        label that is out of range.
 
     Raises:
         TypeError: if `logits` is complex, `labels` or `axis` not integer, `where` not boolean.
