@@ -5,6 +5,7 @@ the tracer-leak check. `pytest --exhaustive` adds the tests that take long, and 
 """
 
 import collections
+import gc
 import itertools
 import json
 import subprocess
@@ -24,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # By default a tenth of the time goes into visiting again and again what JAX has traced and compiled, and keeps.
+    gc.set_threshold(100_000, 50, 50)
     if config.getoption("--strict-jax"):
         jax.config.update("jax_numpy_dtype_promotion", "strict")
         jax.config.update("jax_check_tracer_leaks", True)
