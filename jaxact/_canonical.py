@@ -17,6 +17,8 @@ Axis = int | tuple[int, ...] | None
 
 def require_array(name: str, x: ArrayLike) -> ArrayLike:
     """`x`, if it is an array or a number. Cheap, for use before a jitted call, which would take containers apart."""
+    if hasattr(x, "aval"):  # JAX's own, most often: the quickest to tell
+        return x
     if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
         raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}.")
     if isinstance(x, (np.ndarray, np.generic)):
