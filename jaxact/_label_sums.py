@@ -16,7 +16,7 @@ from jaxact._canonical import compute_dtype
 from jaxact._classes import Classes, as_row
 from jaxact._elementary import exp
 from jaxact._exponentials import room, scaled_exponentials, whole_shift
-from jaxact._limits import at_most, finite
+from jaxact._limits import at_most, finite, is_possible
 from jaxact._options import Adjustment
 from jaxact._row_sums import Total, undominated, written_sum
 
@@ -61,16 +61,17 @@ def places_of(z: Array) -> Array:
 
 
 def label_logit(x: Array, adjust: Adjustment, y: Array, classes: Classes) -> Array:
-    """z_y, with the class axis kept; infinite if it is the largest number."""
+    """z_y, with the class axis kept; +inf if it is the largest number."""
     if _whole(x, classes):
         row, place = (x, y) if (folds := _folds(x, y, classes)) is None else (folds.own, folds.fold)
-        z_y = finite(adjust(jnp.take_along_axis(row, place[..., None], -1, mode="clip")))
+        z_y = adjust(jnp.take_along_axis(row, place[..., None], -1, mode="clip"))
     else:
         # Where classes are split, by hand or over the explicit axes of a mesh, the label's is on one of the devices.
         # Between the largest numbers, 0 times anything is 0; a nan makes the row nan, as it should.
-        z_y = classes.sum(finite(adjust(x)) * (1 - jnp.minimum(_distance(x, y), 1)))
-    largest = float(jnp.finfo(z_y.dtype).max)
-    return jnp.where(z_y >= largest, jnp.inf, jnp.where(z_y <= -largest, -jnp.inf, z_y))
+        z, here = adjust(x), 1 - jnp.minimum(_distance(x, y), 1)
+        z_y = classes.sum(finite(z) * here)
+        z_y = jnp.where(classes.sum(is_possible(z) * here) == 0, -jnp.inf, z_y)
+    return jnp.where(z_y >= float(jnp.finfo(z_y.dtype).max), jnp.inf, z_y)
 
 
 def _whole(x: Array, classes: Classes) -> bool:

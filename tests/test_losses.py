@@ -1,6 +1,7 @@
 """The losses against float64 and mpmath: values, derivatives, options, policies and errors."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -293,6 +294,22 @@ def test_the_integer_loss_at_any_logit_scale(shape: tuple[int, int], scale: floa
     assert (abs(np.asarray(got) - value) <= 6 * spacing(value, "float32") + lost).all()  # documented. Measured 5.0
     (slope,) = pull(jnp.ones_like(got))
     assert (abs(np.asarray(slope) - gradient) <= 16 * U * abs(gradient) + lost).all()  # documented. Measured 12
+
+
+# Alone, in many rows, and in folds.
+@pytest.mark.parametrize("shape", [(1, 4), (5000, 40), (3, 8192)])
+def test_the_least_number_is_a_logit_like_others(shape: tuple[int, int]) -> None:
+    # Many use it to mask. A label there has a large loss, and not an infinite one; and of a row of nothing else, log n.
+    x = np.zeros(shape, np.float32)
+    x[:, 1] = -LARGEST
+    for rows, y, loss in ((x, 0, math.log(shape[1] - 1)), (x, 1, LARGEST), (x * 0 - LARGEST, 1, math.log(shape[1]))):
+        label = np.full(len(rows), y)
+        want = np.float32(rows == rows.max()) / (rows[0] == rows.max()).sum() - np.eye(shape[1])[label]
+        got, slope = total_and_slope(rows, label)
+        # 14 roundings of a sum, of up to 5000 losses too, the logarithm's and the quotient's; of 1 at most.
+        np.testing.assert_allclose(np.asarray(integer_loss(rows, label)), loss, rtol=16 * U)
+        assert loss == LARGEST or math.isclose(got, len(rows) * loss, rel_tol=32 * U)
+        np.testing.assert_allclose(np.asarray(slope), want, atol=16 * U)
 
 
 @pytest.mark.usefixtures("x64")

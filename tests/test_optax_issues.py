@@ -172,6 +172,13 @@ def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str], req
         agree(jax.jit(functools.partial(run, byhand))(x, v, y, where, weights),
               jax.jit(functools.partial(run, full))(x, v, y, where, weights))
 
+        # Where the label's class has the least number, and where it is impossible.
+        least = np.zeros((2, 8), np.float32)
+        least[:, 5] = np.finfo(np.float32).min, -np.inf
+        of_least = jax.shard_map(
+            functools.partial(loss, axis_name="d"), mesh=mesh, in_specs=(split, one), out_specs=one)
+        np.testing.assert_array_equal(of_least(least, np.array([5, 5])), -least[:, 5])
+
         # Classes split by hand, and rows over an axis that is explicit beside it.
         both = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=(AxisType.Explicit,) * 2)
         with jax.set_mesh(both):
