@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, require_array, require_arrays, wider
-from jaxact._chunks import How, Operands, Tokens, attached, sweep, weighted, weighted_total
+from jaxact._chunk import How, Operands, Tokens
+from jaxact._chunks import attached, sweep, weighted, weighted_total
 from jaxact._classes import AxisName, at_index, integer_labels, label_index, not_ignored, static_axis_name
 from jaxact._options import Options
 
