@@ -302,7 +302,8 @@ def test_the_least_number_is_a_logit_like_others(shape: tuple[int, int]) -> None
     # Many use it to mask. A label there has a large loss, and not an infinite one; and of a row of nothing else, log n.
     x = np.zeros(shape, np.float32)
     x[:, 1] = -LARGEST
-    for rows, y, loss in ((x, 0, math.log(shape[1] - 1)), (x, 1, LARGEST), (x * 0 - LARGEST, 1, math.log(shape[1]))):
+    cases: Any = ((x, 0, math.log(shape[1] - 1)), (x, 1, LARGEST), (x * 0 - LARGEST, 1, math.log(shape[1])))
+    for rows, y, loss in cases:
         label = np.full(len(rows), y)
         want = np.float32(rows == rows.max()) / (rows[0] == rows.max()).sum() - np.eye(shape[1])[label]
         got, slope = total_and_slope(rows, label)
