@@ -47,4 +47,5 @@ def entropy_cotangent(classes: Classes, z: Array, total: Total, g: Array) -> Arr
     # (Not `below`, which at the maximum itself has half its slope.)
     d = jnp.minimum(total.shift - jnp.minimum(z, float(jnp.finfo(z.dtype).max)), FAR_BELOW)
     p = probabilities(classes, z, total)
-    return g * p * (d - classes.sum(p * d))
+    # Where p is 0, a product with `FAR_BELOW` may have overflowed when this is transposed.
+    return g * jnp.where(p == 0, 0, p * (d - classes.sum(p * d)))

@@ -57,11 +57,11 @@ def _quotient(z: Array, t: Array) -> Array:
 
 @_quotient.defjvp
 def _quotient_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # Written down for what is infinite, which has no derivative in t; and not by a choice in the quotient itself, for
-    # which XLA for CPU would not vectorise the sums of what is made of it.
+    # Written down for what is infinite, or becomes so, and has no derivative in t; and not by a choice in the quotient
+    # itself, for which XLA for CPU would not vectorise the sums of what is made of it.
     (z, t), (z_dot, t_dot) = primals, tangents
     quotient = _quotient(z, t)
-    return quotient, z_dot / t - jnp.where(jnp.isinf(z), 0, quotient) * (t_dot / t)
+    return quotient, z_dot / t - jnp.where(jnp.isinf(quotient / t), 0, quotient) * (t_dot / t)
 
 
 @jax.custom_jvp
@@ -73,6 +73,7 @@ def _capped(x: Array, cap: Array) -> Array:
 def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, cap), (x_dot, cap_dot) = primals, tangents
     u = x / cap
+    u = jnp.where(jnp.abs(u) > _CAPPED, _CAPPED * jnp.sign(x), u)  # it may be infinite, and is multiplied by 0
     # sech² u is not 1 − tanh², of which nothing is left where tanh rounds to 1, but 4 σ′(2u). And of tanh u, as
     # σ(2u) − σ(−2u), it is the derivative to the last digit, which second derivatives of the cap cancel.
     of_x = 4 * sigmoid_slope(2 * u)
@@ -83,6 +84,7 @@ def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> 
     return _capped(x, cap), of_x * x_dot + of_cap * cap_dot
 
 
+_CAPPED = 1024.0  # beyond, e^−|u| is 0 in every dtype
 _SINH = tuple(1 / math.factorial(k) for k in range(3, 20, 2))  # (sinh v − v)/v³ in powers of v², |v| ≤ 1
 
 

@@ -11,7 +11,7 @@ import optax
 import oracles
 import pytest
 
-from jaxact import losses
+from jaxact import linear_cross_entropy, losses
 
 INF, NAN, U = float("inf"), float("nan"), 2.0**-24
 integer_loss, dense_loss = losses.softmax_cross_entropy_with_integer_labels, losses.softmax_cross_entropy
@@ -527,3 +527,44 @@ def test_options_of_other_dtypes_leave_that_of_the_loss(x64: None) -> None:
             return value, *pull(value)
 
         assert [a.dtype for a in jax.eval_shape(run, x, options["z_loss"])] == [jnp.float32, jnp.float32, jnp.float64]
+
+
+@pytest.mark.parametrize("option", ["temperature", "logit_softcap"])
+def test_derivatives_where_a_logit_over_an_option_overflows(option: str) -> None:
+    """The least number, by which many mask, over 0.5 is −∞, as is any logit below −1.7e38."""
+    q, e0 = jnp.array([1.0, 0.0, 0.0]), jnp.array([1.0, 0.0, 0.0])
+
+    def integer(x: Any, a: Any) -> Any:
+        return integer_loss(x, 0, **{option: a})
+
+    def dense(x: Any, a: Any) -> Any:
+        return dense_loss(x, q, **{option: a})
+
+    def entropy(x: Any, a: Any) -> Any:
+        ones, zeros = jnp.ones((1, 1)), jnp.zeros((1, 3))
+        return linear_cross_entropy(ones, zeros, jnp.array([0]), bias=x, return_aux=True, **{option: a})[1].entropy[0]
+
+    @jax.jit
+    def derivatives(x: Any) -> Any:
+        a = jnp.array(0.5)
+        every = [(jax.grad(f, (0, 1))(x, a), jax.jvp(f, (x, a), (e0, 1.0))[1]) for f in (integer, dense, entropy)]
+        second = [jax.jvp(jax.grad(f, (0, 1)), (x, a), (e0, 1.0))[1] for f in (integer, dense, entropy)]
+        return every, second
+
+    # So unlikely a class is none. (A capped one is, and 1e30 is beyond any cap.)
+    want = derivatives(jnp.array([0.0, -1e30, 1.0]))
+    assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(want))
+    for least in (-1e38, -float(jnp.finfo("float32").max)):
+        for a, b in zip(jax.tree.leaves(derivatives(jnp.array([0.0, least, 1.0]))), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("x", "y"), [(INF, 1.0), (-INF, 0.0)])
+def test_second_derivatives_of_a_focal_loss_of_0(x: float, y: float) -> None:
+    for gamma in (0.0, 2.0):
+        slope = jax.grad(functools.partial(focal_loss, gamma=gamma))
+        assert jax.grad(slope)(x, y) == jax.jvp(lambda x, of=slope: of(x, y), (x,), (1.0,))[1] == 0
+
+
+def test_the_derivative_in_a_label_that_is_smoothed_beside_an_infinite_logit() -> None:
+    assert jax.grad(lambda y: binary_loss(INF, y, label_smoothing=0.1))(0.3) == -INF

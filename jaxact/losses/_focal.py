@@ -129,7 +129,9 @@ def _focus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     focus, of_logit = _focus(x, y, gamma), gamma * (1 - 2 * y) * _slope_ratio(x, y)
     # Not the power over q, which may be 0 where this is not.
     of_label = gamma * _focus(x, y, gamma - 1) * _q_slope(x)
-    return focus, focus * of_logit * x_dot + of_label * y_dot + times(focus, _log_q(x, y)) * gamma_dot
+    log_q = _log_q(x, y)
+    of_gamma = times(focus, jnp.where(jnp.isinf(log_q), 0, log_q))  # a constant where q is 0, also for γ = 0
+    return focus, focus * of_logit * x_dot + of_label * y_dot + of_gamma * gamma_dot
 
 
 @jax.custom_jvp
