@@ -2,8 +2,10 @@
 `Report` with one of three verdicts.
 """
 
-from jaxact.verify._contract import contract as contract
-from jaxact.verify._report import NotVerified as NotVerified, Report as Report
-from jaxact.verify._residuals import residuals as residuals
-from jaxact.verify._rule import rule as rule
-from jaxact.verify._values import values as values
+from jaxact.verify._contract import contract
+from jaxact.verify._report import NotVerified, Report
+from jaxact.verify._residuals import residuals
+from jaxact.verify._rule import rule
+from jaxact.verify._values import values
+
+__all__ = ["NotVerified", "Report", "contract", "residuals", "rule", "values"]

@@ -1,9 +1,9 @@
 """Rows of a large batch, for which XLA has other kernels than for small ones, and kernels that may lose a nan."""
 
-import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -57,6 +57,35 @@ def in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray], rng: np.r
     return Check("vmap", VERIFIED, f"rows in {size}"), lost or "as alone"
 
 
+def one_array_in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray]) -> str:
+    """What is wrong where one array alone is batched, as examples are and weights are not; of several arrays."""
+    problem = comparison.problem
+    for i in range(len(problem.floats) if len(problem.floats) > 1 else 0):
+        for mode, given in vectors.items():
+            vector = tuple(part[0] for part in unravel(given[:1], problem.vector_shapes(mode)))
+            try:
+                with problem.precision():
+                    batched = problem.compiled(_one_batched, problem.f, problem.spec, mode, i)
+                    value, product = batched(problem.floats, problem.others, vector)
+            except Exception as error:
+                return f"f raises {type(error).__name__} where array {i} alone is batched: {first_line(error)}"
+            if not _right(comparison, "value", given[:1], ravel(value)).all():
+                return f"f is wrong where array {i} alone is batched"
+            if not _right(comparison, mode, given[:1], ravel(product)).all():
+                return f"{_NAMES[mode]} is wrong where array {i} alone is batched"
+    return ""
+
+
+def _one_batched(f: Any, spec: Spec, mode: str, i: int, floats: Leaves, others: Leaves, vector: Leaves) -> Any:
+    flat = spec.of_floats(f, others)
+
+    def of_leaf(leaf: Any) -> Any:
+        moved = (*floats[:i], leaf, *floats[i + 1 :])
+        return flat(*moved), product_along(flat, mode, moved, vector)
+
+    return jax.vmap(of_leaf)(jnp.stack([floats[i]] * 3))
+
+
 def _right(comparison: Comparison, what: str, vectors: np.ndarray, got: np.ndarray) -> np.ndarray:
     """Which elements of values, or of products with the vectors, will do."""
     if what == "value":
@@ -97,13 +126,12 @@ def _alone_and_among(
     # Copied here, where XLA does not see that they are copies.
     batch = jax.tree.map(lambda a: np.tile(a, (copies, *[1] * (a.ndim - 1))), one_by_one)
     with problem.precision():
-        alone, among = _compiled(problem.f, problem.spec, what, problem.others, one_by_one, batch)
+        alone, among = problem.compiled(_both, problem.f, problem.spec, what)(problem.others, one_by_one, batch)
     return ravel(alone), ravel(among).reshape(copies, len(rows), -1)
 
 
 # Only one thing at a time: beside others XLA may compute it by other kernels.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _compiled(f: Any, spec: Spec, what: str, others: Leaves, one_by_one: Any, batch: Any) -> Any:
+def _both(f: Any, spec: Spec, what: str, others: Leaves, one_by_one: Any, batch: Any) -> Any:
     def result(floats: Leaves, vector: Leaves) -> Leaves:
         flat = spec.of_floats(f, others)
         return flat(*floats) if what == "value" else product_along(flat, what, floats, vector)

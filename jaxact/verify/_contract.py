@@ -60,7 +60,7 @@ def check_contract(problem: Problem, leaks: bool) -> Report:
             if not is_missing_mode(error):
                 reasons.append(f"tracing {mode} mode raises {why}")
             continue
-        problems = []
+        problems = _wrong_tree(problem, mode)
         for name, got, expected in (("primal", primal, problem.out_shapes), (_OF[mode], derivative, due)):
             shapes = [(g.shape, np.dtype(g.dtype)) for g in got]
             if shapes != expected:
@@ -70,9 +70,25 @@ def check_contract(problem: Problem, leaks: bool) -> Report:
                     if g != w
                 ]
         verdict = REFUTED if problems else VERIFIED
-        checks.append(Check(mode, verdict, "; ".join(problems) or "traces; shapes and dtypes agree"))
+        checks.append(Check(mode, verdict, "; ".join(problems) or "traces; shapes, dtypes and trees agree"))
         reasons += problems
     return Report(name_of(f), verdict_of([c.verdict for c in checks]), tuple(checks), tuple(reasons))
+
+
+def _wrong_tree(problem: Problem, mode: str) -> list[str]:
+    """A rule's forward pass may return what `f` does in another tree, and JAX takes it."""
+
+    def f(*floats: Any) -> Any:
+        return problem.f(*problem.spec.arguments(floats, problem.others))
+
+    def primal(*floats: Any) -> Any:
+        return jax.vjp(f, *floats)[0] if mode == "reverse" else jax.jvp(f, floats, floats)[0]
+
+    with problem.precision():
+        due, got = (
+            str(jax.tree.structure(jax.eval_shape(g, *problem.floats))) for g in (f, primal)
+        )  # as text, which tells them apart
+    return [] if got == due else [f"primal has the tree {got}, expected {due}"]
 
 
 _OF = {"reverse": "cotangent of argument", "forward": "tangent of result"}

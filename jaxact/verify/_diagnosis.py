@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxact.verify._compare import Verdicts
+from jaxact.verify._compare import Verdicts, close
 from jaxact.verify._oracle import Oracle
 from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem, product_along, unravel
@@ -50,7 +50,8 @@ def explain(
         return f"the {which} rule is not linear in the {vector}"
     if g == 0:
         reason = f"the {which} rule returns 0 where the derivative is {w:.4g} ({at})"
-        if oracle.layout.elementwise and abs(abs(problem.value()[i]) - 1) < 1e-6:
+        small = abs(w) < 64 * problem.unit * abs(vectors[c, i])
+        if oracle.layout.elementwise and small and abs(abs(problem.value()[i]) - 1) < 1e-6:
             reason += "; 1 − f(x) has cancelled"
         return reason
     came, due = apart(g, w)
@@ -79,36 +80,59 @@ IMPORTS = "import jax, jax.numpy as jnp"
 
 def witness_at(problem: Problem, mode: str, x: float, v: float, came: str, due: str) -> str:
     """Lines for a REPL that show an elementwise function at one input, times one number."""
-    dtype = np.dtype(problem.dtype).name
-    at, vector = (f"jnp.array([{float(a)!r}], jnp.{dtype})" for a in (x, v))
+    of_x, of_v = problem.in_shapes[0][1], problem.vector_shapes(mode)[0][1]
+    at, vector = (f"jnp.array([{float(a)!r}], jnp.{dtype.name})" for a, dtype in ((x, of_x), (v, of_v)))
     call = f"jax.vjp(f, {at})[1]({vector})[0]" if mode == "reverse" else f"jax.jvp(f, ({at},), ({vector},))[1]"
-    return f"{IMPORTS}\n{call}  # {came}, should be {due}"
+    return "\n".join([*_setup(problem), f"{call}  # {came}, should be {due}"])
+
+
+def _setup(problem: Problem) -> list[str]:
+    return [IMPORTS, *(['jax.config.update("jax_enable_x64", True)'] if problem.wide else [])]
 
 
 def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, verdicts: Verdicts, c: int, i: int) -> str:
     """Lines for a REPL. An elementwise function is shown at the one input, others at the arguments as given."""
-    came, due = apart(verdicts.got[c, i], verdicts.product.want[c, i])
-    if oracle.layout.elementwise and vector[i] != 0:
+    got, want = verdicts.got[c, i], verdicts.product.want[c, i]
+    came, due = apart(got, want)
+    if oracle.layout.elementwise and _shows(problem, mode, i, vector[i], got, want):
         return witness_at(problem, mode, problem.x[i], vector[i], came, due)
-    lines = [IMPORTS]
-    shapes = problem.vector_shapes(mode)
-    hot = np.flatnonzero(vector)
-    if len(hot) == 1 and len(shapes) == 1:
-        shape, dtype = shapes[0][0], np.dtype(shapes[0][1]).name
-        v = f"jnp.zeros({vector.size}, jnp.{dtype}).at[{hot[0]}].set({float(vector[hot[0]])!r}).reshape({shape})"
-    elif vector.size <= 32 and len(shapes) == 1:
-        numbers = unravel(vector[None], shapes)[0][0].astype(np.float64).tolist()
-        v = f"jnp.array({numbers}, jnp.{np.dtype(shapes[0][1]).name})"
+    lines, shapes = _setup(problem), problem.vector_shapes(mode)
+    parts = [_as_code(part[0]) for part in unravel(vector[None], shapes)]
+    as_is = "f(*args)" if mode == "reverse" else "args"
+    if None in parts:
+        v = f"jax.tree.map(jnp.ones_like, {as_is})"
+        lines.append("# seen with a random vector; with ones, other numbers:")
+    elif problem.bare(mode):
+        v = str(parts[0]) if mode == "reverse" else f"({parts[0]},)"
     else:
-        v = "jax.tree.map(jnp.ones_like, f(*args))" if mode == "reverse" else "jax.tree.map(jnp.ones_like, args)"
-        lines.append("# with a random vector; with ones:")
+        v = f"jax.tree.unflatten(jax.tree.structure({as_is}), [{', '.join(map(str, parts))}])"
     leaf, place = _place(problem.in_shapes if mode == "reverse" else problem.out_shapes, i)
-    tail = f"jax.tree.leaves(product)[{leaf}].ravel()[{place}]"
-    if mode == "reverse":
-        lines.append(f"product = jax.vjp(f, *args)[1]({v})")
-    else:
-        lines.append(f"product = jax.jvp(f, args, {v if v.startswith('jax') else f'({v},)'})[1]")
-    return "\n".join([*lines, f"{tail}  # {came}, should be {due}"])
+    lines.append(f"product = jax.vjp(f, *args)[1]({v})" if mode == "reverse" else f"product = jax.jvp(f, args, {v})[1]")
+    lines.append(f"jax.tree.leaves(product)[{leaf}].ravel()[{place}]  # {came}, should be {due}")
+    return "\n".join(lines)
+
+
+def _shows(problem: Problem, mode: str, i: int, v: float, got: float, want: float) -> bool:
+    """Whether what is wrong at one of many inputs is so at that input alone."""
+    if v == 0 or not (problem.bare("reverse") and problem.bare("forward")):
+        return False
+    try:
+        alone = Problem(problem.f, (problem.x[i : i + 1].astype(problem.in_shapes[0][1]),))
+        again = alone.products(mode, "eager", np.array([[v]]))
+    except Exception:  # it need not take another shape
+        return False
+    return again.shape == (1, 1) and bool(close(again[0], np.array([got]), abs(got - want) / 4).all())
+
+
+def _as_code(part: np.ndarray) -> str | None:
+    """An array as an expression; None if it is too long to be written."""
+    dtype, places = part.dtype.name, np.argwhere(part)
+    if part.ndim == 0:
+        return f"jnp.{dtype}({float(part)!r})"
+    if len(places) == 1:
+        place = ", ".join(map(str, places[0]))
+        return f"jnp.zeros({part.shape}, jnp.{dtype}).at[{place}].set({float(part[tuple(places[0])])!r})"
+    return f"jnp.array({part.astype(np.float64).tolist()}, jnp.{dtype})" if part.size <= 32 else None
 
 
 def _place(shapes: Any, i: int) -> tuple[int, int]:
@@ -118,6 +142,12 @@ def _place(shapes: Any, i: int) -> tuple[int, int]:
             return leaf, i
         i -= size
     raise IndexError(i)
+
+
+def slopes_along(problem: Problem, derivative: Any, vector: np.ndarray) -> Any:
+    """What `derivative_along` should be, of the slopes of an elementwise function."""
+    (part,) = unravel(vector, problem.out_shapes, np.float64)
+    return lambda *args: derivative(*args) * part[0]
 
 
 def derivative_along(problem: Problem, f: Any, mode: str, vector: np.ndarray, dtype: Any) -> Any:

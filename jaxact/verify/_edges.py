@@ -11,7 +11,7 @@ from jaxact.verify._jacobian import Layout, autodiff
 from jaxact.verify._oracle import find_oracle, is_elementwise
 from jaxact.verify._other_values import other_value
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import ABSENT, REFUTED, VERIFIED, Check, apart, first_line
+from jaxact.verify._report import ABSENT, INCONCLUSIVE, REFUTED, VERIFIED, Check, apart, first_line
 
 
 def sweep(dtype: Any) -> np.ndarray:
@@ -34,11 +34,16 @@ def given_points(
     problem: Problem, given: dict[float, float], modes: tuple[str, ...], bound: float
 ) -> tuple[Check, str]:
     """`f` at the inputs, and with the derivatives, that the user gives; and lines that show what is wrong."""
-    x = np.array([*given], np.float64).astype(problem.in_shapes[0][1])
+    wide, dtype = np.array([*given], np.float64), problem.in_shapes[0][1]
+    x = wide.astype(dtype)
+    if (other := (x != wide) & ~np.isnan(wide)).any():
+        raise ValueError(f"edges must be numbers of {dtype}, got {wide[other][0]}: the next to it is {x[other][0]}.")
     problem, exact = _at(x, problem), np.array([*given.values()], np.float64)
+    if problem.out_shapes[0][0] != x.shape:
+        return Check("edges", INCONCLUSIVE, f"f of an array of shape {x.shape} has another shape"), ""
     for mode in modes:
         got = problem.products(mode, "eager", np.ones((1, len(x))))[0]
-        wrong = ~close(got, exact, bound * problem.unit * np.abs(exact))
+        wrong = ~close(got, exact, bound * problem.unit * np.abs(exact) + 4 * problem.lost)
         if wrong.any():
             i = int(np.argmax(wrong))
             return _refuted(problem, mode, i, *apart(got[i], exact[i]), "edges= says")
@@ -63,9 +68,12 @@ def swept_points(
         return Check("edges", ABSENT, "f is finite nowhere in the sweep"), ""
     x = x[finite]
     problem = _at(x, here)
-    oracle = find_oracle(problem, reference, derivative, bound, rng, elementwise=True)
-    comparison = Comparison(problem, oracle, bound, comparison.strict)
-    other = other_value(comparison, modes, reference)
+    try:
+        oracle = find_oracle(problem, reference, derivative, bound, rng, elementwise=True)
+        comparison = Comparison(problem, oracle, bound, comparison.strict)
+        other = other_value(comparison, modes, reference)
+    except Exception as error:  # what is given may hold such an array as well
+        return Check("edges", ABSENT, f"no oracle for an array of shape {x.shape}: {first_line(error)}"), ""
     if other is not None:
         name, i, came, due = other
         return Check("edges", REFUTED, f"at x = {x[i]}, {name} is {came} where f is {due}"), ""

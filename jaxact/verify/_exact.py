@@ -91,7 +91,9 @@ def _step(equation: Any, inputs: list[Any], table: dict[str, Callable[..., Any]]
     if name in _MOVES:
         return [_moved(equation, inputs)]
     if name in table:
-        return [np.asarray(table[name](*inputs, **params))]
+        result, dtype = np.asarray(table[name](*inputs, **params)), equation.outvars[0].aval.dtype
+        # Integers have their width, and are no objects.
+        return [result if np.issubdtype(dtype, np.floating) else result.astype(dtype)]
     raise NotSupported(name)
 
 
@@ -124,7 +126,7 @@ def _moved(equation: Any, inputs: list[Any]) -> np.ndarray:
     moved = np.asarray(equation.primitive.bind(positions, *[np.asarray(i) for i in inputs[1:]], **params))
     if (moved < 0).any():
         raise NotSupported("gather out of bounds")
-    return np.asarray(inputs[0]).ravel()[moved]
+    return np.asarray(np.asarray(inputs[0]).ravel()[moved])  # also of a single number
 
 
 def _elementwise(f: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -175,7 +177,7 @@ def _operations(mp: Any) -> dict[str, Callable[..., Any]]:
         "square": lambda x: x * x,
         "floor": lambda x: x if mp.isinf(x) else mp.floor(x),
         "ceil": lambda x: x if mp.isinf(x) else mp.ceil(x),
-        "lgamma": mp.loggamma,
+        "lgamma": lambda x: mp.re(mp.loggamma(x)),
         "digamma": mp.digamma,
     }
     binary = {

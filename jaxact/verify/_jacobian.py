@@ -1,5 +1,6 @@
 """Jacobians in float64: by autodiff of a program, by exact differences of it in mpmath, or as the user gives them."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxact.verify import _exact
 from jaxact.verify._problem import Problem, plain_products, ravel, unravel
+from jaxact.verify._report import name_of
 
 FULL = 2**21  # entries up to which a Jacobian is looked at as a whole
 WORK = 600_000  # operations in mpmath that a Jacobian may take: a few seconds
@@ -36,6 +38,9 @@ class Layout(NamedTuple):
     def diagonal(cls, size: int) -> "Layout":
         return cls(np.arange(size), np.arange(size), True, True)
 
+    def extent(self, problem: Problem) -> str:
+        return f"{len(self.rows)} of {problem.m} outputs, {len(self.columns)} of {problem.n} inputs"
+
     def of_slopes(self, slopes: np.ndarray) -> Jacobian:
         return Jacobian(slopes, slopes)
 
@@ -46,14 +51,19 @@ class Layout(NamedTuple):
 Source = Callable[[np.ndarray], Jacobian]
 
 
+def products_by_autodiff(
+    problem: Problem, f: Any, mode: str, vectors: np.ndarray, x: np.ndarray, signs: np.ndarray | None = None
+) -> np.ndarray:
+    shapes = problem.vector_shapes(mode)
+    with jax.enable_x64(True):
+        parts, floats = tuple(unravel(vectors, shapes, np.float64)), problem.leaves(x, np.float64)
+        return ravel(problem.compiled(plain_products, f, problem.spec, mode)(floats, problem.others, parts, signs))
+
+
 def autodiff(problem: Problem, f: Any, layout: Layout, signs: np.ndarray | None = None) -> Source:
     """Autodiff in float64 of what `f` computes, its custom rules left out; with `signs`, rounded otherwise."""
 
-    def products(mode: str, vectors: np.ndarray, x: np.ndarray) -> np.ndarray:
-        shapes = problem.vector_shapes(mode)
-        with jax.enable_x64(True):
-            parts, floats = tuple(unravel(vectors, shapes, np.float64)), problem.leaves(x, np.float64)
-            return ravel(plain_products(f, problem.spec, mode, floats, problem.others, parts, signs))
+    products = functools.partial(products_by_autodiff, problem, f, signs=signs)
 
     def at(x: np.ndarray) -> Jacobian:
         if layout.elementwise:
@@ -73,15 +83,18 @@ def autodiff(problem: Problem, f: Any, layout: Layout, signs: np.ndarray | None 
     return at
 
 
-def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) -> Source | None:
+def exact(
+    problem: Problem, f: Any, layout: Layout, fewest: int, find_pattern: Callable[[], np.ndarray | None]
+) -> Source | None:
     """Differences in mpmath of what `f` computes: exact, where the program can be evaluated there and is not too long.
 
-    `pattern` says which entries may not be 0: columns without a row in common are found at once. The source gives nan
-    where the function has a kink or a jump.
+    The pattern says which entries may not be 0: columns without a row in common are found at once, in no fewer groups
+    than `fewest`. To find it takes long. The source gives nan where the function has a kink or a jump.
     """
     program = _program(problem, f)
-    if not layout.whole or program is None:
+    if not layout.whole or program is None or 5 * fewest * _exact.work(program.jaxpr) > WORK:
         return None
+    pattern = find_pattern()
     groups = [np.arange(problem.n)] if pattern is None else _independent_columns(pattern)
     if 5 * len(groups) * _exact.work(program.jaxpr) > WORK:
         return None
@@ -112,9 +125,16 @@ def exact(problem: Problem, f: Any, layout: Layout, pattern: np.ndarray | None) 
 
     try:
         here = at(problem.x)
-    except (_exact.NotSupported, OverflowError, MemoryError, TypeError):
+    except Exception:  # what cannot be evaluated there, or overflows
         return None
-    return lambda x: here if x is problem.x else at(x)
+
+    def near(x: np.ndarray) -> Jacobian:
+        try:
+            return at(x)
+        except Exception:  # the other branch of a condition, say
+            return here.map(lambda j: np.full_like(j, np.nan))
+
+    return lambda x: here if x is problem.x else near(x)
 
 
 def exact_value(problem: Problem, f: Any) -> np.ndarray | None:
@@ -124,7 +144,7 @@ def exact_value(problem: Problem, f: Any) -> np.ndarray | None:
         return None
     try:
         values = _values(problem, program, _exact.numbers(problem.x), _DIGITS[problem.wide])
-    except (_exact.NotSupported, OverflowError, MemoryError, TypeError):
+    except Exception:
         return None
     return np.array([float(y) for y in values])
 
@@ -156,8 +176,9 @@ def _slope(mpmath: Any, changes: list[Any], width: Any, rounding: Any) -> float:
         return float("nan")
     if abs(half_odd - odd) <= small * abs(odd):
         return float(odd / width)
-    # The odd part of an extremum is of third order, or rounding; that of a jump does not fall at all.
-    return 0.0 if abs(odd) <= rounding or abs(half_odd) <= 0.3 * abs(odd) else float("nan")
+    # Here `half_odd` is twice the odd part over half the step. At an extremum the odd part is of third order, or of
+    # second, as that of x·|x|, or rounding; that of a jump does not fall at all, and that of a root not by half.
+    return 0.0 if abs(odd) <= rounding or abs(half_odd) <= 0.6 * abs(odd) else float("nan")
 
 
 def _one_sided(mpmath: Any, changes: list[Any], width: Any, rounding: Any) -> float:
@@ -221,32 +242,42 @@ def given(problem: Problem, derivative: Any, layout: Layout) -> Source:
 def call(f: Any, args: Any) -> Any:
     """`f` of float64 arguments, in NumPy or JAX, or in mpmath, which takes one number at a time."""
     leaves = jax.tree.leaves(args)
+    of_array: Exception | None = None
     with jax.enable_x64(True), np.errstate(all="ignore"):
         try:
             out = f(*jax.tree.map(lambda a: np.asarray(a) if hasattr(a, "dtype") else a, args))
             if all(np.asarray(y).dtype != object for y in jax.tree.leaves(out)):
                 return jax.tree.map(np.asarray, out)
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError) as error:
             if len(leaves) != 1:
                 raise
+            of_array = error
+    try:
+        return in_mpmath(f, np.asarray(leaves[0], np.float64))
+    except (TypeError, ValueError, AttributeError) as of_number:
+        raise of_array or of_number from None  # the former says what is wrong with what is not meant for mpmath
+
+
+def in_mpmath(f: Any, x: np.ndarray) -> np.ndarray:
+    """A function of one mpmath number, at each of `x`."""
     import mpmath
 
-    x = np.asarray(leaves[0], np.float64)
     with mpmath.workdps(400 if x.size < 64 else 60):
         numbers = [f(mpmath.mpf(float(a))) for a in x.ravel()]
     return np.reshape([float("nan") if isinstance(y, mpmath.mpc) else float(y) for y in numbers], x.shape)
 
 
 def slope_in_mpmath(reference: Any) -> Any:
-    """The derivative of a function of one mpmath number."""
+    """The derivative of a function of one mpmath number, at each of an array."""
 
     def slope(x: Any) -> Any:
         import mpmath
 
-        if not isinstance(x, mpmath.mpf):
-            raise TypeError("one number at a time")
         with mpmath.workdps(_DIGITS[True]):
             h = _step(mpmath, x)
-            return (reference(x + h) - reference(x - h)) / (2 * h)
+            above, below = reference(x + h), reference(x - h)
+        if any(isinstance(y, float) for y in (above, below)):
+            raise TypeError(f"reference must compute in mpmath, NumPy or JAX, got a float of {name_of(reference)}.")
+        return (above - below) / (2 * h)
 
-    return slope
+    return lambda *args: in_mpmath(slope, np.asarray(*jax.tree.leaves(args)))

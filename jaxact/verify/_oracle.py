@@ -23,6 +23,7 @@ from jaxact.verify._jacobian import (
     autodiff,
     exact,
     given,
+    products_by_autodiff,
     slope_in_mpmath,
 )
 from jaxact.verify._problem import Problem
@@ -107,8 +108,9 @@ def _find_oracle(
             kind, name = "derivative", f"exact derivative, {name_of(derivative)}"
         else:
             kind, name = "mpmath", f"reference in mpmath, {name_of(reference)}"
-        source = given(problem, derivative or slope_in_mpmath(reference), layout)
-        return _exactly(problem, kind, name, layout, source, moved)
+        by_autodiff, source = source, given(problem, derivative or slope_in_mpmath(reference), layout)
+        oracle = _exactly(problem, kind, name, layout, source, moved)
+        return dataclasses.replace(oracle, autodiff=kind == "mpmath" or _agree(by_autodiff, problem, oracle.jacobian))
     found, value = _of_program(problem, reference, kind, program, layout, source, bound, moved, rng)
     # In float64 a program may compute something else, as by an eps or by random numbers of another dtype.
     other = np.zeros(problem.m, bool) if kind != "f" or value is None else _another(problem.value(), value, problem)
@@ -143,7 +145,8 @@ def _of_program(
     unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
     inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(layout, jacobian).any()
     if inexact or not credible.all():
-        exactly = exact(problem, program, layout, _pattern(problem, layout, jacobian, values))
+        pattern = functools.partial(_pattern, problem, layout, jacobian, values)
+        exactly = exact(problem, program, layout, _fewest_groups(layout, jacobian), pattern)
         if exactly is not None:
             name = f"{of_reference if kind == 'jax' else 'what f computes'}, in mpmath"
             oracle = _exactly(problem, kind, name, layout, exactly, moved)
@@ -190,6 +193,15 @@ def _another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarr
         largest = np.max(size, initial=0, where=np.isfinite(size))
         allowed = max(2.0**-6, 32 * problem.unit) * largest + problem.lost
         return np.isfinite(apart) & (apart > allowed)
+
+
+def _agree(source: Source, problem: Problem, jacobian: Jacobian) -> bool:
+    """Whether a source has the Jacobian to the digits that a second derivative needs."""
+    try:
+        other = source(problem.x)
+    except Exception:
+        return False
+    return all(a.all() for a in jacobian.map(lambda j, k: np.abs(j - k) <= 2.0**-20 * np.abs(j) + 1e-300, other))
 
 
 def _exactly(
@@ -243,7 +255,20 @@ def _layout(problem: Problem, f: Any, rng: np.random.Generator) -> Layout:
     diagonal = rows[np.arange(len(rows)), layout.rows]
     rows[np.arange(len(rows)), layout.rows] = 0
     rows = rows[np.isfinite(diagonal)]  # an infinite slope times 0 is nan
-    return Layout.diagonal(problem.n) if len(rows) and not rows.any() else layout
+    diagonal_here = len(rows) and not rows.any() and (whole or _scales(problem, f, rng))
+    return Layout.diagonal(problem.n) if diagonal_here else layout
+
+
+def _scales(problem: Problem, f: Any, rng: np.random.Generator) -> bool:
+    """Whether J v is v times J 1, as of a diagonal J: an entry beside it may be in a row that is not looked at."""
+    v = rng.uniform(0.5, 1, problem.n)
+    ones, along = products_by_autodiff(problem, f, "forward", np.stack([np.ones(problem.n), v]), problem.x)
+    return not (np.abs(along - v * ones) > 2.0**-30 * np.abs(ones)).any()  # some roundings of float64; nan says nothing
+
+
+def _fewest_groups(layout: Layout, jacobian: Jacobian) -> int:
+    """No two columns with an entry in one row are found at once."""
+    return 1 if layout.elementwise else int((jacobian.reverse != 0).sum(1).max(initial=1))
 
 
 def _pattern(problem: Problem, layout: Layout, jacobian: Jacobian, values: Values) -> np.ndarray | None:

@@ -61,6 +61,7 @@ class Problem:
         leaves, tree = jax.tree.flatten(args)
         # A function of its own: whatever has been traced before may have had other rules, or called what has now.
         self.f = functools.partial(f)
+        self._compiled: dict[Any, Any] = {}
         self.spec = Spec(tree, tuple(map(_role, leaves)))
         as_arrays = [
             leaf if isinstance(role, Static) else _array(leaf)
@@ -73,11 +74,22 @@ class Problem:
             )
         self.wide = any(x.dtype == np.float64 for x in self.floats)
         with self.precision():
-            out = jax.eval_shape(self.spec.of_floats(f, self.others), *self.floats)
+            shapes = jax.eval_shape(lambda *floats: f(*self.spec.arguments(floats, self.others)), *self.floats)
+        self._bare = {"forward": len(args) == 1 and jax.tree_util.all_leaves(args), "reverse": hasattr(shapes, "dtype")}
+        out = [y for y in jax.tree.leaves(shapes) if _is_float(y)]
         self.out_shapes = [(y.shape, np.dtype(y.dtype)) for y in out]
         if not self.out_shapes:
             raise TypeError("f must return a float array; it has no derivative otherwise.")
         self.in_shapes = [(x.shape, np.dtype(x.dtype)) for x in self.floats]
+
+    def compiled(self, function: Callable[..., Any], *known: Any) -> Callable[..., Any]:
+        """`function` of what is known and of arrays, compiled, for as long as there is this problem.
+
+        Were it a jitted function of its own, with static arguments, JAX would hold these and all that they hold.
+        """
+        if (function, *known) not in self._compiled:
+            self._compiled[function, *known] = jax.jit(functools.partial(function, *known))
+        return self._compiled[function, *known]
 
     def precision(self) -> Any:
         """The context to run `f` in: with 64 bits if the arguments have them, or JAX is set to."""
@@ -126,11 +138,15 @@ class Problem:
         with self.precision():
             if variant == "eager":
                 return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
-            return ravel_one(compiled_value(self.f, self.spec, self.floats, self.others))
+            return ravel_one(self.compiled(value_of, self.f, self.spec)(self.floats, self.others))
 
     def vector_shapes(self, mode: str) -> list[tuple[tuple[int, ...], np.dtype]]:
         """Of the cotangents that reverse mode takes, or of the tangents that forward mode takes."""
         return self.out_shapes if mode == "reverse" else self.in_shapes
+
+    def bare(self, mode: str) -> bool:
+        """Whether a mode's vectors are single arrays: there is one argument, or one result, and no tree of them."""
+        return self._bare[mode]
 
     def vector_size(self, mode: str) -> int:
         return self.m if mode == "reverse" else self.n
@@ -141,7 +157,7 @@ class Problem:
             parts = tuple(unravel(vectors, self.vector_shapes(mode)))
             if variant == "eager":
                 return ravel(eager_products(self.f, self.spec, mode, self.floats, self.others, parts))
-            return ravel(compiled_products(self.f, self.spec, mode, variant, self.floats, self.others, parts))
+            return ravel(self.compiled(products_of, self.f, self.spec, mode, variant)(self.floats, self.others, parts))
 
     def one_by_one(self, mode: str, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Products with one float leaf differentiated at a time, and the vectors that they are products with.
@@ -187,6 +203,8 @@ def _is_float(leaf: Any) -> bool:
     dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"arguments and results of f must be real, got {dtype.name}: of complex ones nothing is known.")
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2:
+        raise TypeError(f"arguments and results of f must have 16 bits or more, got {dtype.name}.")
     return jnp.issubdtype(dtype, jnp.floating)
 
 
@@ -233,15 +251,11 @@ def eager_products(f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves
     return [np.stack([np.asarray(r[i]) for r in results]) for i in range(len(results[0]))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def compiled_value(f: Any, spec: Spec, floats: Leaves, others: Leaves) -> Leaves:
+def value_of(f: Any, spec: Spec, floats: Leaves, others: Leaves) -> Leaves:
     return spec.of_floats(f, others)(*floats)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def compiled_products(
-    f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves
-) -> Any:
+def products_of(f: Any, spec: Spec, mode: str, variant: str, floats: Leaves, others: Leaves, vectors: Leaves) -> Any:
     """The products under jit, of f or of the checkpointed f: one after another, or all at once under vmap."""
     flat = spec.of_floats(f, others)
     if variant == "remat":
@@ -251,7 +265,6 @@ def compiled_products(
     return lax.map(lambda vector: product_along(flat, mode, floats, vector), vectors)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def plain_products(
     f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves, vectors: Leaves, signs: Array | None = None
 ) -> Any:

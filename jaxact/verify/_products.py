@@ -4,6 +4,7 @@ import numpy as np
 
 from jaxact.verify import _diagnosis as diagnosis
 from jaxact.verify._compare import Comparison, Verdicts
+from jaxact.verify._jacobian import FULL
 from jaxact.verify._report import INCONCLUSIVE, REFUTED, UNKNOWN, VERIFIED, Findings, first_line
 
 ONE_HOT = 1024  # one-hot vectors at most
@@ -58,15 +59,17 @@ def _vectors(
         normal[-1] *= small
     dense = np.concatenate([normal, 1000 + normal[:1], -normal[:1], big * normal[:1], 0 * normal[:1]])
     where = np.flatnonzero(known)
-    if len(where) > ONE_HOT:
-        where = np.sort(rng.choice(where, ONE_HOT, replace=False))
+    # So many that the products take no more memory than a Jacobian that is looked at as a whole.
+    most = max(8, min(ONE_HOT, FULL // max(problem.n, problem.m)))
+    if len(where) > most:
+        where = np.sort(rng.choice(where, most, replace=False))
     one_hot = np.zeros((len(where), size))
     one_hot[np.arange(len(where)), where] = 1
     return problem.rounded(dense * known, problem.vector_shapes(mode)), one_hot
 
 
 def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Findings) -> None:
-    problem, oracle, *_ = comparison
+    problem, oracle, bound, _ = comparison
     count, size = verdicts.wrong.shape
     open_ones, doubtful = int(verdicts.unresolved.any(0).sum()), int((~oracle.credible).sum())
     if verdicts.wrong.any():
@@ -79,8 +82,10 @@ def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Find
         if not any(r.startswith(UNKNOWN) for r in findings.reasons):
             findings.reasons.append(f"{UNKNOWN} {unknown}: {why}; give reference= or derivative=")
     else:
-        worst = verdicts.worst_in_units(problem.unit)
+        worst, explained = verdicts.worst_in_units(problem.unit, bound)
         detail = f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|"
+        if explained:
+            detail += f", but for {explained} that inputs off by {bound:g} u explain"
         findings.add(name, VERIFIED, detail, worst=worst)
 
 

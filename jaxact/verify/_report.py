@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 import numpy as np
 
 VERIFIED, REFUTED, INCONCLUSIVE = "verified", "refuted", "inconclusive"
 UNKNOWN = "the oracle does not know"  # how a reason begins that says why there is no verdict
+POWERLESS = "the check cannot fail"  # and one that says that a wrong product would have passed
 ABSENT = "absent"  # of a check: there was nothing to check
 
 
@@ -94,7 +96,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=_plain)
+        return json.dumps(_finite(dataclasses.asdict(self)), indent=2, ensure_ascii=False, default=_plain)
 
     def to_markdown(self) -> str:
         """The report as a section of Markdown."""
@@ -146,6 +148,15 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value))
     return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """The same with nan and infinities as text, since JSON has none."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(text: str) -> str:

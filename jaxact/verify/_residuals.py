@@ -24,7 +24,7 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
         which the caller has anyway, counts once and is marked so.
 
     Raises:
-        TypeError: if there is no float among the arguments or the results.
+        TypeError, ValueError: if there is no float among the arguments or the results, or JAX has no reverse mode.
 
     Example:
         >>> import jax.numpy as jnp, jaxact
@@ -35,13 +35,16 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
     problem = Problem(f, args)
     flat = problem.spec.of_floats(f, problem.others)
     with problem.precision():
+        ones = tuple(np.ones(shape, dtype) for shape, dtype in problem.out_shapes)
+        # JAX says only here that there is no reverse mode.
+        jax.eval_shape(lambda *floats: jax.vjp(flat, *floats)[1](ones), *problem.floats)
         jaxpr: Any = jax.make_jaxpr(lambda *floats: jax.tree.leaves(jax.vjp(flat, *floats)[1]))(*problem.floats).jaxpr
     kept = {
         id(v): v for v in jaxpr.outvars if hasattr(v.aval, "shape") and v.aval.size > 0 and not isinstance(v, Literal)
     }
     checks, total = [], 0
     for v in kept.values():
-        size = int(v.aval.size) * np.dtype(v.aval.dtype).itemsize
+        size = int(v.aval.size) * v.aval.dtype.itemsize  # not of np.dtype: a key has one
         total += size
         alias = ", an argument" if v in jaxpr.invars else ""
         checks.append(Check("residual", VERIFIED, f"{type_text(v.aval.shape, v.aval.dtype)}, {size} bytes{alias}"))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxact.verify import _diagnosis as diagnosis
-from jaxact.verify._batch import in_a_batch
+from jaxact.verify._batch import in_a_batch, one_array_in_a_batch
 from jaxact.verify._compare import Comparison
 from jaxact.verify._contract import check_contract, is_missing_mode
 from jaxact.verify._edges import given_points, swept_points
@@ -19,6 +19,7 @@ from jaxact.verify._products import Results, adjoint, alone, products
 from jaxact.verify._report import (
     ABSENT,
     INCONCLUSIVE,
+    POWERLESS,
     REFUTED,
     UNKNOWN,
     VERIFIED,
@@ -60,6 +61,11 @@ class Session:
     special: str = dataclasses.field(init=False)  # what becomes of nan and ±inf in a batch
 
     def run(self) -> Report:
+        # nan is looked for here, and put in; and arguments are moved to the device without being asked for.
+        with jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow"):
+            return self._run()
+
+    def _run(self) -> Report:
         self.problem = problem = Problem(self.f, self.args)
         subject = f"{name_of(self.f)}({', '.join(map(_describe, jax.tree.leaves(self.args)))})"
         if problem.n == 0 or problem.m == 0:
@@ -92,11 +98,12 @@ class Session:
             "modes": list(self.modes),
             "residual bytes": self._residual_bytes(),
             "power": seen,
+            **({} if comparison.oracle.layout.whole else {"looked at": comparison.oracle.layout.extent(problem)}),
             **({"nan and ±inf in a batch": self.special} if self.special else {}),
             "seed": self.seed,
         }
         refuted = findings.verdict == REFUTED  # what is wrong before what is not known
-        reasons = tuple(sorted(findings.reasons, key=lambda r: refuted and r.startswith(UNKNOWN)))
+        reasons = tuple(sorted(findings.reasons, key=lambda r: refuted and r.startswith((UNKNOWN, POWERLESS))))
         checks = tuple(findings.checks)
         return Report(subject, findings.verdict, checks, reasons, facts, findings.witness)
 
@@ -156,16 +163,17 @@ class Session:
         if given and not oracle.layout.elementwise:
             reason = "edges are for an elementwise function, and f is not elementwise at args"
             self.findings.add("edges", INCONCLUSIVE, "f is not elementwise at args", reason)
-        if self.edges is None or not oracle.layout.elementwise or oracle.another:
+        if self.edges is None or not oracle.layout.elementwise:
             return
         if given:
             self._found(*given_points(self.problem, given, self.modes, self.comparison.bound))
-        else:
+        elif self.edges is ... and not oracle.another:
             self._found(*swept_points(self.comparison, self.reference, self.derivative, self.modes, self.rng))
 
     def _found(self, check: Check, witness: str = "") -> None:
-        """Adds a check whose detail is the reason, if it refutes, and the lines that show it."""
-        self.findings.add(check.name, check.verdict, check.detail, check.detail if check.verdict == REFUTED else "")
+        """Adds a check whose detail is the reason, unless it is verified, and the lines that show it."""
+        reason = "" if check.verdict in (VERIFIED, ABSENT) else check.detail
+        self.findings.add(check.name, check.verdict, check.detail, reason)
         self.findings.witness = self.findings.witness or witness
 
     def _vmap(self, results: Results) -> None:
@@ -183,21 +191,36 @@ class Session:
                 self._found(Check("vmap", REFUTED, f"{mode} mode {why} for a batch of vectors alone"))
                 return
         check, self.special = in_a_batch(self.comparison, vectors, self.rng)
-        self._found(check)
+        why = "" if check.verdict == REFUTED else one_array_in_a_batch(self.comparison, vectors)
+        self._found(Check("vmap", REFUTED, why) if why else check)
+
+    def _traces(self, derivative: Any) -> bool:
+        """Whether JAX can trace it."""
+        try:
+            with jax.enable_x64(True):
+                wide = self.problem.leaves(self.problem.x, np.float64)
+                jax.eval_shape(self.problem.spec.of_floats(derivative, self.problem.others), *wide)
+        except Exception:
+            return False
+        return True
 
     def _higher(self) -> None:
         """The same for the derivative along a fixed vector, as a function of the arguments."""
         mode, name = self.modes[0], "order 2" if self.order == 2 else f"orders 2 to {self.order}"
         oracle = self.comparison.oracle
-        if not oracle.autodiff or (oracle.kind == "numpy" and not oracle.exact):
+        given = oracle.kind == "derivative" and oracle.layout.elementwise and self._traces(self.derivative)
+        if not given and (not oracle.autodiff or (oracle.kind == "numpy" and not oracle.exact)):
             why = "of a second derivative there is no oracle where autodiff of what f computes is wrong"
             self.findings.add(name, INCONCLUSIVE, why, f"{why}; give derivative=, or reference=, in JAX")
             return
         normal = self.rng.normal(size=(1, self.problem.vector_size(mode)))
         vector = self.problem.rounded(normal, self.problem.vector_shapes(mode))
         ours = diagnosis.derivative_along(self.problem, self.problem.f, mode, vector, None)
-        theirs = self.reference if oracle.kind == "jax" else self.problem.f
-        exact = diagnosis.derivative_along(self.problem, theirs, mode, vector, np.float64)
+        if given:
+            exact = diagnosis.slopes_along(self.problem, self.derivative, vector)
+        else:
+            theirs = self.reference if oracle.kind == "jax" else self.problem.f
+            exact = diagnosis.derivative_along(self.problem, theirs, mode, vector, np.float64)
         transforms = tuple(t for t in self.transforms if t == "jit")
         report = dataclasses.replace(
             self, f=ours, reference=exact, derivative=None, wanted=(), order=self.order - 1, transforms=transforms,

@@ -74,7 +74,7 @@ def values(
     for done, block in enumerate(_in_two_threads(statistics.of_block, blocks), start=1):
         statistics.add(*block)
         if progress:
-            _show(done * BLOCK / total, statistics.worst)
+            _show(done * BLOCK / max(total, 1), statistics.worst)
     return statistics.report(name_of(f), bound)
 
 
@@ -119,6 +119,8 @@ class _Statistics:
             raise TypeError(f"f must be elementwise and keep the dtype {self.dtype}, got {got.dtype}{list(got.shape)}.")
         with np.errstate(all="ignore"):
             want = np.asarray(call(self.reference, (x.astype(np.float64),)), np.float64)
+        if want.shape != x.shape:
+            raise TypeError(f"reference must be elementwise, got {list(want.shape)} of an array of {list(x.shape)}.")
         error, region = ulp_errors(got, want, self.dtype)
         return x, got, want, error, region
 
@@ -144,7 +146,8 @@ class _Statistics:
     def report(self, name: str, bound: float) -> Report:
         count = sum(self.regions.values())
         below = np.cumsum(self.counts)
-        quantile = 2.0 ** ((np.searchsorted(below, 0.999 * count) + LOW) / PER_OCTAVE) if count else 0.0
+        place = int(np.searchsorted(below, 0.999 * count))
+        quantile = 2.0 ** ((place + LOW) / PER_OCTAVE) if 0 < place < len(below) else math.inf if place else 0.0
         upto = [int(below[int(np.log2(b) * PER_OCTAVE) - LOW]) for b in BINS]
         numbers = np.diff([0, *upto, count]).tolist()
         histogram = dict(zip([f"≤ {b:g} ulp" for b in BINS] + ["more"], numbers, strict=True))
