@@ -1,7 +1,7 @@
 """Sigmoid, softmax and what is built on them, with derivatives that are right everywhere and in every mode."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxact import losses
 from jaxact._forward_mode import forward_mode
@@ -11,7 +11,11 @@ from jaxact._logsumexp import logsumexp
 from jaxact._sigmoid import log_sigmoid, logit, sigmoid, softplus
 from jaxact._softmax import softmax
 
-# Not imported above: they take longer than the rest, and few programs use them.
+# Not imported for all: they take longer than the rest, and few programs use them.
+if TYPE_CHECKING:
+    from jaxact import classifiers, verify
+
+    __version__: str
 _LATER = ("classifiers", "verify")
 
 __all__ = [
@@ -30,12 +34,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def _later(name: str) -> Any:
     if name in _LATER:
         return importlib.import_module(f"jaxact.{name}")
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("jaxact")
     raise AttributeError(f"module 'jaxact' has no attribute {name!r}")
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of these
+    __getattr__ = _later
 
 
 def __dir__() -> list[str]:

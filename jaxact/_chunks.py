@@ -30,8 +30,8 @@ def weighted(loss: Array, weight: Array) -> Array:
 
 
 def _counted(loss: Array, weight: Array) -> Array:
-    """The loss, but where the weight is 0 and it is not finite."""
-    return jnp.where((weight == 0) & ~jnp.isfinite(loss), 0, loss)
+    """The loss, but where the weight is 0 and it is infinite. (A nan is one in the gradient too.)"""
+    return jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
 
 
 def _total_fwd(how: How, *arguments: Any) -> Any:

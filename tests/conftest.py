@@ -8,6 +8,7 @@ import collections
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -104,10 +105,11 @@ def on_eight_devices() -> Iterator[Callable[..., str]]:
     """
     process = subprocess.Popen(
         [sys.executable, "-c", RUNNER],
-        env={
+        env=os.environ
+        | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": ":".join(sys.path),
+            "PYTHONPATH": os.pathsep.join(sys.path),
         },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

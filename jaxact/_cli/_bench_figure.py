@@ -42,7 +42,7 @@ def _message(outcome: Outcome) -> tuple[str, str]:
     count = sum(c.of_peer.ratio > 1 + CHANGED for c in outcome.large)
     title = f"Value and gradient take {mean:.2f} of the time of jax.nn and optax"
     if not count:
-        return title, f"No function is slower at any of {len(outcome.large)} points"
+        return title, f"No function is slower by more than 5 % at any of {len(outcome.large)} points"
     share = f"{count} of {len(outcome.large)} points are slower by more than 5 %"
     return title, f"{share}, the slowest takes {worst.of_peer.ratio:.1f} times its peer's"
 

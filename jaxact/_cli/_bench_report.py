@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxact._cli._arguments import writing
 from jaxact._cli._bench_measure import LARGE, UNCERTAIN, Cell, Ratio
-from jaxact._cli._record import versions, write_json
+from jaxact._cli._record import cores, versions, write_json
 
 COLUMNS = ("dtype", "shape", "value", "limit", "value+grad", "limit", "eager", "temp MiB", "kept MiB", "compile")
 LEGEND = (
@@ -45,10 +45,6 @@ class Outcome:
         """The geometric mean of the ratios to the peers; nan if there are none."""
         logs = [math.log(c.of_peer.ratio) for c in self.large if c.what == what]
         return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _hardware() -> dict[str, Any]:

@@ -63,12 +63,13 @@ def _losses(axes: Axes, outcome: Outcome) -> None:
     log_steps(axes, len(dense))
     axes.margins(y=0.12)  # room for the labels
     steps = np.arange(1, len(dense) + 1)
-    axes.plot(steps, dense, **PALE)
-    axes.plot(steps, fused, **DASHED)
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, dense, **PALE, marker=marker, markersize=9)
+    axes.plot(steps, fused, **DASHED, marker=marker)
     axes.set_ylabel("mean cross-entropy (nats per word)")
     early, late = (int(len(steps) ** power) - 1 for power in (0.37, 0.72))
     point_out(axes, NAMES[FUSED], ORANGE, (steps[early], fused[early]), (40, 26))
-    point_out(axes, NAMES[DENSE], BLUE, (steps[late], dense[late]), (-50, -45))
+    point_out(axes, NAMES[DENSE], BLUE, (steps[late], dense[late]), (-50 if late else 40, -45))
 
 
 def _memory(axes: Axes, outcome: Outcome) -> None:

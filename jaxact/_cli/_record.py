@@ -1,8 +1,9 @@
-"""The JSON files: plain values, and the versions of the packages."""
+"""The JSON files: plain values, the versions of the packages, and the cores."""
 
 import importlib.metadata
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def plain(value: Any) -> Any:
     match value:
         case dict():
             return {key: plain(item) for key, item in value.items()}
-        case list():
+        case list() | tuple():
             return [plain(item) for item in value]
         case np.ndarray() | np.generic():
             return plain(value.tolist())
@@ -35,6 +36,11 @@ def versions(*others: str) -> dict[str, str | None]:
     """Those of Python, of what every command uses, and of other packages."""
     packages = ("jaxact", "jax", "jaxlib", "numpy", *others)
     return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -25,9 +25,8 @@ class Errors(NamedTuple):
     theirs: np.ndarray
 
 
-def draw() -> Figure:
-    """16:9, 1920 × 1080 pixels."""
-    names = [name for name, subject in SUBJECTS.items() if subject.elementwise]
+def draw(names: list[str]) -> Figure:
+    """16:9, 1920 × 1080 pixels, of elementwise functions."""
     errors = [[_errors(name, derivative) for name in names] for derivative in (False, True)]
     every = [
         (name, kind, e) for kind, row in zip(("", "′"), errors, strict=True) for name, e in zip(names, row, strict=True)
@@ -40,12 +39,12 @@ def draw() -> Figure:
     note = (
         f"float32, {jax.default_backend()}, jax {jax.__version__}; {POINTS} inputs, compared with float64. "
         "Dots: errors, drawn at 0.01 if less; lines and numbers: the largest.\n"
-        "1 ulp: the spacing of float32 at the exact result, where that is a normal number. logit: jax.scipy.special."
+        "1 ulp: the spacing of float32 at the exact result, where that is a normal number."
+        + (" logit: jax.scipy.special." if "logit" in names else "")
     )
     figure = slide(title, detail, note)
-    panels = figure.subplots(
-        2, len(names), sharey=True, gridspec_kw={"left": 0.075, "right": 0.985, "bottom": 0.165, "top": 0.745}
-    )
+    place = {"left": 0.075, "right": 0.985, "bottom": 0.165, "top": 0.745}
+    panels = figure.subplots(2, len(names), sharey=True, squeeze=False, gridspec_kw=place)
     figure.subplots_adjust(wspace=0.1, hspace=0.5)
     for row, kind in enumerate(("value", "derivative")):
         for axes, name, found in zip(panels[row], names, errors[row], strict=True):

@@ -97,8 +97,9 @@ def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from jaxact._cli._bench_measure import importing, speedup
-    from jaxact._cli._bench_report import Outcome, cores
+    from jaxact._cli._bench_report import Outcome
     from jaxact._cli._bench_subjects import SUBJECTS
+    from jaxact._cli._record import cores
 
     jax.config.update("jax_enable_compilation_cache", False)  # programs found on disk are not compiled
     tasks = _tasks(names, extent)

@@ -2,11 +2,11 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import multiprocessing
 import operator
-import os
 import re
 import signal
 import sys
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxact._cli._arguments import make_directory, positive, require, whole, writing
-from jaxact._cli._record import versions, write_json
+from jaxact._cli._record import cores, versions, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             console.print("  ".join(row), soft_wrap=True)
     if arguments.exhaustive:
         reports += _exhaustively(subjects, console)
-    written = _write(reports, rows, out)
+    written = _write(reports, rows, [name for name, s in subjects.items() if s.elementwise], out)
     for report in reports:
         if not report.ok:
             console.print(f"{report}", soft_wrap=True)
@@ -130,6 +130,11 @@ def _run_own(arguments: argparse.Namespace, name: str) -> int:
         raise ArgumentError(None, f"--scale {scale} is out of the range of {options['dtype']}.")
     with _running(f"cannot verify {name}"):
         report = verify.rule(f, *args, order=options["order"], seed=options["seed"])
+    if "args" in report.witness:
+        made = f"[({scale!r} * rng.normal(size=shape)).astype(jnp.{options['dtype']}) for shape in {arguments.shape}]"
+        lines = ["import numpy as np", f"rng = np.random.default_rng({options['seed']})", f"args = {made}"]
+        imports, *rest = report.witness.splitlines()
+        report = dataclasses.replace(report, witness="\n".join([imports, *lines, *rest]))
     print(report)
     return int(not report.ok)
 
@@ -170,12 +175,17 @@ def _verified(subjects: dict[str, "Subject"]) -> Iterator[tuple[list["Report"], 
     """Reports on one function in one dtype, and their row in the table."""
     tasks = [(name, dtype) for name in subjects for dtype in DTYPES]
     with _processes(len(tasks)) as pool:
-        yield from pool.map(_verify, *zip(*tasks, strict=True))
+        try:
+            yield from pool.map(_verify, *zip(*tasks, strict=True))
+        except KeyboardInterrupt:  # what has begun may take long
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _processes(most: int) -> Executor:
     """Most of the time goes to tracing and compiling, of which a process does one at a time."""
-    count = min(os.cpu_count() or 1, 8, most)
+    count = min(cores(), 8, most)
     # A fork of a process whose JAX runs threads may hang. An interruption is for the parent to report.
     context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
     return ProcessPoolExecutor(count, context, signal.signal, ignore)
@@ -258,20 +268,19 @@ def _exhaustively(subjects: dict[str, "Subject"], console: "Console") -> list["R
     return reports
 
 
-def _write(reports: list["Report"], rows: list[Row], directory: Path) -> list[str]:
-    """The numbers, the text and the figure; returns the names of the files."""
-    import dataclasses
-
+def _write(reports: list["Report"], rows: list[Row], drawn: list[str], directory: Path) -> list[str]:
+    """The numbers, the text and, of what is elementwise, the figure; returns the names of the files."""
     from jaxact._cli._verify_figure import draw
 
-    names = ["verify.json", "verify.md", "verify.png"]
+    names = ["verify.json", "verify.md", *(["verify.png"] if drawn else [])]
     with writing(directory):
         write_json(
             directory / names[0],
             {"versions": versions(), "reports": [dataclasses.asdict(report) for report in reports]},
         )
         (directory / names[1]).write_text(_markdown(reports, rows), encoding="utf-8")
-        draw().savefig(directory / names[2])
+        if drawn:
+            draw(drawn).savefig(directory / names[2])
     return names
 
 

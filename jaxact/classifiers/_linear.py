@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from jaxact._classes import label_index
+from jaxact._classes import integer_labels, label_index
 from jaxact._logsumexp import logsumexp
 from jaxact._sigmoid import sigmoid, softplus
 from jaxact._softmax import softmax
@@ -64,6 +64,7 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
     however small and never falsely 0; the gradient at the label is minus the sum of the others.
 
     Raises:
+        TypeError: if `y` are not integers.
         ValueError: if the shapes are not as above.
 
     Example:
@@ -74,6 +75,7 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
     """
     if z.ndim != 2 or y.shape != z.shape[:1]:
         raise ValueError(f"z must have shape (examples, logits) and y (examples,), got {z.shape} and {y.shape}.")
-    _, exists = label_index(y, max(z.shape[1], 2), None)
+    labels = integer_labels(y, z.shape[:1], "z without its last axis")
+    place, exists = label_index(labels, max(z.shape[1], 2), None)
     # As a factor nan reaches the gradient too.
-    return softplus(log_odds_against(z * jnp.where(exists, 1, jnp.nan)[:, None], y))
+    return softplus(log_odds_against(z * jnp.where(exists, 1, jnp.nan)[:, None].astype(z.dtype), place))
