@@ -28,18 +28,24 @@ def ulp_error(got: Any, want: np.ndarray, dtype: Any) -> np.ndarray:
     """|got − want| in units of the spacing of `dtype` at the exact value `want`, element by element.
 
     nan must meet nan, and an infinity the same infinity (what rounds to infinity in `dtype` is one). Where `want` is
-    below the smallest normal number there is nothing to measure, since XLA flushes subnormal numbers to 0: the error
-    is 0 if `got` is below it too. Every violation of these rules is an infinite error.
+    below the smallest normal number there is nothing to measure, since XLA flushes subnormal numbers to 0, but not
+    those of float16: the error is 0 if `got` is below it too. Every violation of these rules is an infinite error.
     """
     info = ml_dtypes.finfo(dtype)
     with np.errstate(all="ignore"):
         got, want = np.asarray(got).astype(np.float64), np.asarray(want, np.float64)
         # frexp gives want = m·2^exponent with m in [½, 1), one more than the exponent of IEEE.
-        error = np.abs(got - want) / np.ldexp(1.0, np.frexp(want)[1] - 1 - info.nmant)
-        special = ~(error < np.inf) | (np.abs(want) < info.smallest_normal) | (np.abs(want) > info.max)
+        exponent = np.maximum(np.frexp(want)[1] - 1, info.minexp)
+        error = np.abs(got - want) / np.ldexp(1.0, exponent - info.nmant)
+        flushed = np.abs(want) < (0 if dtype == np.float16 else info.smallest_normal)
+        special = ~(error < np.inf) | flushed | (np.abs(want) > info.max)
         if special.any():
             error[special] = _special_error(got[special], want[special], dtype)
     return error
+
+
+def worst_ulp(got: Any, want: np.ndarray, dtype: Any = "float32") -> float:
+    return float(ulp_error(got, want, dtype).max())
 
 
 def _special_error(got: np.ndarray, want: np.ndarray, dtype: Any) -> np.ndarray:

@@ -1,11 +1,10 @@
-"""softmax and log_softmax in float64, over the last axis: values, products with the Jacobian, and error measures.
+"""softmax and log_softmax in float64, over the last axis: values and products with the Jacobian.
 
 Nothing in it subtracts from 1 or from a sum what dominates there.
 """
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -44,14 +43,6 @@ def exact_product(name: str, mode: str, x: Any, v: Any) -> tuple[Any, Any]:
     h = v - np.where(top, v, 0).sum(-1, keepdims=True)  # a common offset changes nothing, and h is 0 at the top
     product, bound = h - (y * h).sum(-1, keepdims=True), rest * abs(v) + sum_of_others(y * abs(v), top)
     return (y * product, y * bound) if name == "softmax" else (product, bound)
-
-
-def ulps(got: Any, want: Any, dtype: str = "float32") -> float:
-    """The largest error in units of the spacing at the exact result, where that is a normal number."""
-    info = jnp.finfo(dtype)
-    spacing = 2.0 ** (np.floor(np.log2(np.maximum(abs(want), float(info.tiny)))) - info.nmant)
-    error = abs(np.asarray(got, np.float64) - want) / spacing
-    return float(error[abs(want) >= float(info.tiny)].max())
 
 
 def logits(scale: float | str, rows: int, classes: int, seed: int = 0) -> Any:
