@@ -20,8 +20,8 @@ def contract(f: Callable[..., Any], *args: Any) -> Report:
         *args: example inputs, as for `rule`.
 
     Returns:
-        A `Report` with one check a mode: that it can be traced, that (co)tangents have the shapes and dtypes of what
-        they belong to, and that no tracer leaks.
+        A `Report` with one check for each mode: that it can be traced, that (co)tangents have the shapes and dtypes of
+        what they belong to, that its value has the tree of `f`'s, and that no tracer leaks.
 
     Raises:
         TypeError: if there is no float among the arguments or the results.

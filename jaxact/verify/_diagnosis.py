@@ -9,7 +9,7 @@ from jaxact.verify._compare import Verdicts, close
 from jaxact.verify._oracle import Oracle
 from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem, product_along, unravel
-from jaxact.verify._report import apart, name_of
+from jaxact.verify._report import apart, name_of, off
 
 
 def explain(
@@ -72,7 +72,7 @@ def _nonlinear(vectors: np.ndarray, got: np.ndarray, verdicts: Verdicts, dense: 
 
 
 def _fraction(verdicts: Verdicts) -> str:
-    return f"{int(verdicts.wrong.any(0).sum())} of {verdicts.wrong.shape[1]} elements are off"
+    return off(int(verdicts.wrong.any(0).sum()), verdicts.wrong.shape[1])
 
 
 IMPORTS = "import jax, jax.numpy as jnp"

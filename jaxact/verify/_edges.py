@@ -11,7 +11,7 @@ from jaxact.verify._jacobian import Layout, autodiff
 from jaxact.verify._oracle import find_oracle, is_elementwise
 from jaxact.verify._other_values import other_value
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import ABSENT, INCONCLUSIVE, REFUTED, VERIFIED, Check, apart, first_line
+from jaxact.verify._report import ABSENT, INCONCLUSIVE, REFUTED, VERIFIED, Check, apart, counted, first_line
 
 
 def sweep(dtype: Any) -> np.ndarray:
@@ -47,7 +47,7 @@ def given_points(
         if wrong.any():
             i = int(np.argmax(wrong))
             return _refuted(problem, mode, i, *apart(got[i], exact[i]), "edges= says")
-    return Check("edges", VERIFIED, f"{len(x)} given inputs"), ""
+    return Check("edges", VERIFIED, counted(len(x), "given input")), ""
 
 
 def swept_points(

@@ -93,7 +93,7 @@ def _step(equation: Any, inputs: list[Any], table: dict[str, Callable[..., Any]]
     if name in table:
         result, dtype = np.asarray(table[name](*inputs, **params)), equation.outvars[0].aval.dtype
         # Integers have their width, and are no objects.
-        return [result if np.issubdtype(dtype, np.floating) else result.astype(dtype)]
+        return [result.astype(dtype) if dtype.kind in "biu" else result]
     raise NotSupported(name)
 
 

@@ -92,7 +92,8 @@ def find_oracle(
     finite = np.isfinite(problem.value())
     if finite.all() or derivative is not None:
         return oracle
-    return dataclasses.replace(oracle, credible=oracle.credible & finite, doubt=oracle.doubt or "f is not finite there")
+    doubt = "f is not finite there" if (oracle.credible | ~finite).all() else oracle.doubt
+    return dataclasses.replace(oracle, credible=oracle.credible & finite, doubt=doubt)
 
 
 def _find_oracle(

@@ -1,11 +1,13 @@
 """Products in one mode, called in every way, held against the oracle; and those of both against each other."""
 
+from typing import Any
+
 import numpy as np
 
 from jaxact.verify import _diagnosis as diagnosis
-from jaxact.verify._compare import Comparison, Verdicts
-from jaxact.verify._jacobian import FULL
-from jaxact.verify._report import INCONCLUSIVE, REFUTED, UNKNOWN, VERIFIED, Findings, first_line
+from jaxact.verify._compare import Comparison, Verdicts, close
+from jaxact.verify._jacobian import FULL, products_by_autodiff
+from jaxact.verify._report import INCONCLUSIVE, REFUTED, UNKNOWN, VERIFIED, Findings, apart, counted, first_line, off
 
 ONE_HOT = 1024  # one-hot vectors at most
 
@@ -74,7 +76,7 @@ def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Find
     open_ones, doubtful = int(verdicts.unresolved.any(0).sum()), int((~oracle.credible).sum())
     if verdicts.wrong.any():
         wrong = int(verdicts.wrong.any(0).sum())
-        findings.add(name, REFUTED, f"{wrong} of {size} elements are off in {count} products")
+        findings.add(name, REFUTED, f"{off(wrong, size)} in {counted(count, 'product')}")
     elif open_ones or doubtful:
         unknown = f"{open_ones} of {size} elements" if open_ones else f"{doubtful} of {problem.m} outputs"
         findings.add(name, INCONCLUSIVE, f"{UNKNOWN} {unknown}")
@@ -83,7 +85,7 @@ def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Find
             findings.reasons.append(f"{UNKNOWN} {unknown}: {why}; give reference= or derivative=")
     else:
         worst, explained = verdicts.worst_in_units(problem.unit, bound)
-        detail = f"{count} products, the worst element off by {worst:.2f} u·Σ|J||g|"
+        detail = f"{counted(count, 'product')}, the worst element off by {worst:.2f} u·Σ|J||g|"
         if explained:
             detail += f", but for {explained} that inputs off by {bound:g} u explain"
         findings.add(name, VERIFIED, detail, worst=worst)
@@ -134,6 +136,38 @@ def alone(comparison: Comparison, results: Results, findings: Findings) -> None:
     findings.add("one argument", VERIFIED, "differentiated alone, each as with the others")
 
 
+def everywhere(comparison: Comparison, program: Any, modes: tuple[str, ...], rng: Any, findings: Findings) -> None:
+    """Of a Jacobian of which some rows and columns are looked at, products with vectors that reach all of it.
+
+    `program` is what the oracle differentiates. What Σ|J||v| is nobody has computed; but it is at most √size times the
+    root of the sum of squares, and that is what products with random signs have on average.
+    """
+    problem, oracle, bound, _ = comparison
+    if oracle.layout.whole or oracle.another or not oracle.credible.all():
+        return
+    for mode in modes:
+        size = problem.vector_size(mode)
+        v = problem.rounded(rng.normal(size=(1, size)), problem.vector_shapes(mode))
+        vectors = np.concatenate([v, v * rng.choice([-1.0, 1.0], (8, size))])
+        moved = [problem.x * (1 + bound * problem.unit * rng.choice([-1.0, 1.0], problem.n)) for _ in range(3)]
+        with np.errstate(all="ignore"):
+            want, *signed = products_by_autodiff(problem, program, mode, vectors, problem.x)
+            near = [products_by_autodiff(problem, program, mode, v, x)[0] for x in moved]
+            most = np.sqrt(size * np.mean(np.square(signed), 0))
+            # Of eight and of three, which may be low.
+            allowed = 4 * bound * problem.unit * most + 4 * np.max(np.abs(near - want), 0)
+            allowed += 4 * problem.lost * (1 + np.abs(v).sum())
+            got = problem.products(mode, "jit", v)[0]
+        wrong = ~close(got, want, allowed) & np.isfinite(want)
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            came, due = apart(got[i], want[i])
+            detail = f"{mode} mode gives {came} where {due} is due, in element {i} of a product with a random vector"
+            findings.add("everywhere", REFUTED, f"{off(int(wrong.sum()), len(wrong))}", detail)
+            return
+    findings.add("everywhere", VERIFIED, "products with random vectors, which a row or column left out would show")
+
+
 def adjoint(comparison: Comparison, results: Results, count: int, findings: Findings) -> None:
     """⟨g, J v⟩ = ⟨Jᵀ g, v⟩: the two modes are each other's transposes. How near, only an oracle can say."""
     if len(results) < 2 or not comparison.oracle.credible.all():
@@ -149,7 +183,7 @@ def adjoint(comparison: Comparison, results: Results, count: int, findings: Find
         detail = f"⟨g, Jv⟩ is {left[i]:.6g} and ⟨Jᵀg, v⟩ is {right[i]:.6g}"
         findings.add("adjoint", REFUTED, detail, f"the modes are not each other's transposes: {detail}")
     else:
-        findings.add("adjoint", VERIFIED, f"⟨g, Jv⟩ = ⟨Jᵀg, v⟩ in {count} directions")
+        findings.add("adjoint", VERIFIED, f"⟨g, Jv⟩ = ⟨Jᵀg, v⟩ in {counted(count, 'direction')}")
 
 
 def _under(variant: str) -> str:

@@ -123,6 +123,14 @@ def type_text(shape: tuple[int, ...], dtype: Any) -> str:
     return f"{name}[{','.join(map(str, shape))}]"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def off(wrong: int, size: int) -> str:
+    return f"{wrong} of {counted(size, 'element')} {'is' if wrong == 1 else 'are'} off"
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 

@@ -20,8 +20,8 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
         max_bytes: refute if more is kept.
 
     Returns:
-        A `Report` with a check an array, and in `facts` the total of `bytes`. An array that is an argument itself,
-        which the caller has anyway, counts once and is marked so.
+        A `Report` with a check for each array, and in `facts` the total of `bytes`. An array that is an argument
+        itself, which the caller has anyway, counts once and is marked so.
 
     Raises:
         TypeError, ValueError: if there is no float among the arguments or the results, or JAX has no reverse mode.

@@ -104,9 +104,9 @@ def _some_of(name: str, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]
     try:
         some = (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
-        raise TypeError(f"{name} must be of {choices}, got {value!r}.") from None
+        raise TypeError(f"{name} must be one or more of {choices}, got {value!r}.") from None
     if not all(isinstance(one, str) and one in choices for one in some):
-        raise ValueError(f"{name} must be of {choices}, got {value!r}.")
+        raise ValueError(f"{name} must be one or more of {choices}, got {value!r}.")
     return some
 
 

@@ -15,7 +15,7 @@ from jaxact.verify._oracle import find_oracle
 from jaxact.verify._other_values import allowed, other_values, values_apart
 from jaxact.verify._power import power
 from jaxact.verify._problem import Problem
-from jaxact.verify._products import Results, adjoint, alone, products
+from jaxact.verify._products import Results, adjoint, alone, everywhere, products
 from jaxact.verify._report import (
     ABSENT,
     INCONCLUSIVE,
@@ -82,6 +82,9 @@ class Session:
             for mode in self.modes
         }
         alone(comparison, results, findings)
+        kind = comparison.oracle.kind
+        if kind in ("f", "jax"):
+            everywhere(comparison, self.reference if kind == "jax" else problem.f, self.modes, self.rng, findings)
         adjoint(comparison, results, self.directions, findings)
         seen = power(comparison, results, findings)
         if findings.verdict != REFUTED:
