@@ -50,8 +50,8 @@ def explain(
         return f"the {which} rule is not linear in the {vector}"
     if g == 0:
         reason = f"the {which} rule returns 0 where the derivative is {w:.4g} ({at})"
-        small = abs(w) < 64 * problem.unit * abs(vectors[c, i])
-        if oracle.layout.elementwise and small and abs(abs(problem.value()[i]) - 1) < 1e-6:
+        small = oracle.layout.elementwise and abs(w) < 64 * problem.unit * abs(vectors[c, i])
+        if small and abs(abs(problem.value()[i]) - 1) < 1e-6:
             reason += "; 1 − f(x) has cancelled"
         return reason
     came, due = apart(g, w)
