@@ -240,3 +240,13 @@ def test_bad_input_is_named(x: Any, y: Any, options: dict[str, Any], message: st
 def test_bad_types_are_named(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} must (be|return)"):
         train_twins(GOOD, np.array([0, 1, 1]), **{name: value})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32"])
+def test_labels_of_any_integer_dtype(dtype: str, x64: None) -> None:
+    z, y = jnp.array([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]]), jnp.array([2, 1])
+    with jax.numpy_dtype_promotion("strict"):
+        got = classifiers.cross_entropy(z, y.astype(dtype))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(classifiers.cross_entropy(z, y)))
+    with pytest.raises(TypeError, match="labels must be integers, got dtype float64"):
+        classifiers.cross_entropy(z, jnp.array([2.0, 1.0]))

@@ -173,6 +173,17 @@ def test_a_weight_of_0_leaves_out_an_infinite_loss() -> None:
         assert np.isfinite(by_weight).all()
 
 
+def test_a_weight_of_0_does_not_hide_a_nan() -> None:
+    # It is in the gradient of its token, and of w; `where` is for rows that may hold anything.
+    x = X.copy()
+    x[0] = np.nan
+    weight = (np.arange(len(Y)) != 0).astype(np.float32)
+    for reduction in ("sum", "none"):
+        value, of_x, *_ = run(x, token_weight=weight, reduction=reduction)
+        assert np.isnan(value).any()
+        assert np.isnan(of_x[0]).all()
+
+
 def test_no_features() -> None:
     x, w = jnp.zeros((3, 0)), jnp.zeros((0, V))
     value, gradients = jax.value_and_grad(head, (0, 1))(x, w, Y[:3])

@@ -51,7 +51,7 @@ def log_odds_against(z: Float[Array, "examples logits"], y: Int[Array, " example
     classes = z.shape[1]
     if classes == 1:
         return jnp.where(y == 1, -z[:, 0], z[:, 0])
-    others = (y[:, None] + jnp.arange(1, classes)[None]) % classes
+    others = (y[:, None] + jnp.arange(1, classes, dtype=y.dtype)[None]) % classes
     at_label = jnp.take_along_axis(z, y[:, None], axis=1)
     return logsumexp(jnp.take_along_axis(z, others, axis=1) - at_label, axis=1)
 

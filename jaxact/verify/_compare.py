@@ -26,16 +26,12 @@ class Verdicts:
         own = (getattr(self, name)[some] for name in ("allowed", "wrong", "unresolved", "floor"))
         return Verdicts(self.got[some], product, *own)
 
-    def worst_in_units(self, unit: float, bound: float) -> tuple[float, int]:
-        """The largest error in units of u·Σ|J||g|, where that is not 0, beyond what may be lost.
-
-        And how many elements are off by more than `bound`, which are not counted: that is what their inputs explain.
-        """
+    def worst_in_units(self, unit: float) -> float:
+        """The largest error in units of u·Σ|J||g|, where that is not 0, beyond what may be lost."""
         with np.errstate(all="ignore"):
             error = np.maximum(np.abs(self.got - self.product.want) - self.floor, 0)
             units = error / (unit * self.product.size)
-        explained = units > bound
-        return float(np.max(units, initial=0.0, where=np.isfinite(units) & ~explained)), int(explained.any(0).sum())
+        return float(np.max(units, initial=0.0, where=np.isfinite(units)))
 
     def worst(self, vectors: np.ndarray) -> tuple[int, int]:
         """Vector and element of the largest error, if possible of a one-hot vector, which shows it best."""

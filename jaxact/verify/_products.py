@@ -72,22 +72,23 @@ def _vectors(
 
 def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Findings) -> None:
     problem, oracle, bound, _ = comparison
-    count, size = verdicts.wrong.shape
+    count, elements = verdicts.wrong.shape
     open_ones, doubtful = int(verdicts.unresolved.any(0).sum()), int((~oracle.credible).sum())
     if verdicts.wrong.any():
         wrong = int(verdicts.wrong.any(0).sum())
-        findings.add(name, REFUTED, f"{off(wrong, size)} in {counted(count, 'product')}")
+        findings.add(name, REFUTED, f"{off(wrong, elements)} in {counted(count, 'product')}")
     elif open_ones or doubtful:
-        unknown = f"{open_ones} of {size} elements" if open_ones else f"{doubtful} of {problem.m} outputs"
+        unknown = f"{open_ones} of {elements} elements" if open_ones else f"{doubtful} of {problem.m} outputs"
         findings.add(name, INCONCLUSIVE, f"{UNKNOWN} {unknown}")
         why = oracle.doubt or "its own error is not well below the bound"
         if not any(r.startswith(UNKNOWN) for r in findings.reasons):
             findings.reasons.append(f"{UNKNOWN} {unknown}: {why}; give reference= or derivative=")
     else:
-        worst, explained = verdicts.worst_in_units(problem.unit, bound)
-        detail = f"{counted(count, 'product')}, the worst element off by {worst:.2f} u·Σ|J||g|"
-        if explained:
-            detail += f", but for {explained} that inputs off by {bound:g} u explain"
+        worst = verdicts.worst_in_units(problem.unit)
+        size = f"{worst:.2f}" if worst < 1e4 else f"{worst:.1e}"
+        detail = f"{counted(count, 'product')}, the worst element off by {size} u·Σ|J||g|"
+        if worst > bound:
+            detail += f", which inputs off by {bound:g} u explain"
         findings.add(name, VERIFIED, detail, worst=worst)
 
 
