@@ -317,9 +317,11 @@ def test_the_witness_can_be_pasted() -> None:
     ]
     for f, args in cases:
         shown(plain(f, *args), f=f, args=args)
-    f = jax.custom_vjp(lambda x, n: {"y": jnp.sin(x) * n})
-    f.defvjp(lambda x, n: (f(x, n), (x, n)), lambda r, g: (2 * g["y"] * jnp.cos(r[0]) * r[1], None))
-    shown(plain(f, x, mask), f=f, args=(x, mask))
+    f = jax.custom_vjp(lambda n, x: {"y": jnp.sin(x) * n})
+    f.defvjp(lambda n, x: (f(n, x), (x, n)), lambda r, g: (None, 2 * g["y"] * jnp.cos(r[0]) * r[1]))
+    shown(plain(f, mask, x), f=f, args=(mask, x))
+    report = verify.rule(jnp.sin, x, transforms=(), edges={math.inf: 0.0})
+    assert "jnp.array([jnp.inf], jnp.float32)" in report.witness
 
 
 # The other checks.

@@ -97,6 +97,18 @@ def textbook_masked_softmax(x: Any, mask: Any) -> Array:
     return e / e.sum(-1, keepdims=True)
 
 
+def textbook_log_softmax(x: Any) -> Array:
+    return jnp.log(textbook_softmax(x))
+
+
+def textbook_logsumexp(a: Any) -> Array:
+    return jnp.log(jnp.exp(a).sum(-1))
+
+
+def textbook_weighted_logsumexp(a: Any, b: Any) -> Array:
+    return jnp.log((b * jnp.exp(a)).sum(-1))
+
+
 def textbook_cross_entropy(x: Any, labels: Any) -> Array:
     return textbook_soft_cross_entropy(x, np.eye(x.shape[-1], dtype=np.float32)[labels])
 

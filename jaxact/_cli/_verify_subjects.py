@@ -153,10 +153,12 @@ SUBJECTS = {
     "softplus": Subject(jaxact.softplus, (LINE,), _SOFTPLUS, second=BOTH),
     "logit": Subject(jaxact.logit, (UNIT,), _LOGIT, second=BOTH),
     "softmax": Subject(jaxact.softmax, (ROWS,), reference=references.textbook_softmax, second=NARROW),
-    # First derivatives only: the second ones of these three can cancel at the class that dominates a row.
-    "log_softmax": Subject(jaxact.log_softmax, (ROWS,)),
-    "logsumexp": Subject(logsumexp, (ROWS,)),
-    "weighted_logsumexp": Subject(weighted_logsumexp, (ROWS, WEIGHTS)),
+    # First derivatives only: the second ones can cancel at the class that dominates a row.
+    "log_softmax": Subject(jaxact.log_softmax, (ROWS,), reference=references.textbook_log_softmax),
+    "logsumexp": Subject(logsumexp, (ROWS,), reference=references.textbook_logsumexp),
+    "weighted_logsumexp": Subject(
+        weighted_logsumexp, (ROWS, WEIGHTS), reference=references.textbook_weighted_logsumexp
+    ),
     # Not a power of two: to divide by that rounds nothing.
     "softmax_with_temperature": Subject(
         softmax_with_temperature, (ROWS, np.array(0.7)), reference=references.textbook_softmax_with_temperature

@@ -84,10 +84,11 @@ def _wrong_tree(problem: Problem, mode: str) -> list[str]:
     def primal(*floats: Any) -> Any:
         return jax.vjp(f, *floats)[0] if mode == "reverse" else jax.jvp(f, floats, floats)[0]
 
-    with problem.precision():
-        due, got = (
-            str(jax.tree.structure(jax.eval_shape(g, *problem.floats))) for g in (f, primal)
-        )  # as text, which tells them apart
+    def tree(g: Any) -> str:
+        with problem.precision():
+            return str(jax.tree.structure(jax.eval_shape(g, *problem.floats)))
+
+    due, got = tree(f), tree(primal)
     return [] if got == due else [f"primal has the tree {got}, expected {due}"]
 
 

@@ -9,7 +9,7 @@ from jaxact.verify._compare import Verdicts, close
 from jaxact.verify._oracle import Oracle
 from jaxact.verify._primal import without_rules
 from jaxact.verify._problem import Problem, product_along, unravel
-from jaxact.verify._report import apart, name_of, off
+from jaxact.verify._report import apart, as_code, name_of, off
 
 
 def explain(
@@ -81,7 +81,7 @@ IMPORTS = "import jax, jax.numpy as jnp"
 def witness_at(problem: Problem, mode: str, x: float, v: float, came: str, due: str) -> str:
     """Lines for a REPL that show an elementwise function at one input, times one number."""
     of_x, of_v = problem.in_shapes[0][1], problem.vector_shapes(mode)[0][1]
-    at, vector = (f"jnp.array([{float(a)!r}], jnp.{dtype.name})" for a, dtype in ((x, of_x), (v, of_v)))
+    at, vector = (f"jnp.array([{as_code(a)}], jnp.{dtype.name})" for a, dtype in ((x, of_x), (v, of_v)))
     call = f"jax.vjp(f, {at})[1]({vector})[0]" if mode == "reverse" else f"jax.jvp(f, ({at},), ({vector},))[1]"
     return "\n".join([*_setup(problem), f"{call}  # {came}, should be {due}"])
 
@@ -97,7 +97,7 @@ def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, ver
     if oracle.layout.elementwise and _shows(problem, mode, i, vector[i], got, want):
         return witness_at(problem, mode, problem.x[i], vector[i], came, due)
     lines, shapes = _setup(problem), problem.vector_shapes(mode)
-    parts = [_as_code(part[0]) for part in unravel(vector[None], shapes)]
+    parts = [_array_as_code(part[0]) for part in unravel(vector[None], shapes)]
     as_is = "f(*args)" if mode == "reverse" else "args"
     if None in parts:
         v = f"jax.tree.map(jnp.ones_like, {as_is})"
@@ -107,6 +107,8 @@ def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, ver
     else:
         v = f"jax.tree.unflatten(jax.tree.structure({as_is}), [{', '.join(map(str, parts))}])"
     leaf, place = _place(problem.in_shapes if mode == "reverse" else problem.out_shapes, i)
+    if mode == "reverse":  # of integers too there is something there
+        leaf = [k for k, role in enumerate(problem.spec.roles) if role == "float"][leaf]
     lines.append(f"product = jax.vjp(f, *args)[1]({v})" if mode == "reverse" else f"product = jax.jvp(f, args, {v})[1]")
     lines.append(f"jax.tree.leaves(product)[{leaf}].ravel()[{place}]  # {came}, should be {due}")
     return "\n".join(lines)
@@ -124,7 +126,7 @@ def _shows(problem: Problem, mode: str, i: int, v: float, got: float, want: floa
     return again.shape == (1, 1) and bool(close(again[0], np.array([got]), abs(got - want) / 4).all())
 
 
-def _as_code(part: np.ndarray) -> str | None:
+def _array_as_code(part: np.ndarray) -> str | None:
     """An array as an expression; None if it is too long to be written."""
     dtype, places = part.dtype.name, np.argwhere(part)
     if part.ndim == 0:

@@ -127,6 +127,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def as_code(number: float) -> str:
+    return repr(float(number)).replace("inf", "jnp.inf").replace("nan", "jnp.nan")
+
+
 def off(wrong: int, size: int) -> str:
     return f"{wrong} of {counted(size, 'element')} {'is' if wrong == 1 else 'are'} off"
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxact.verify._jacobian import call
-from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report, name_of
+from jaxact.verify._report import INCONCLUSIVE, REFUTED, VERIFIED, Check, Report, as_code, name_of
 
 BLOCK = 2**16  # inputs at a time: their float64 temporaries stay in the cache, and are not given back to the system
 BINS = [0.5, 1, 2, 4, 8, 16]  # of the histogram: errors up to so many ulp
@@ -168,7 +168,7 @@ class _Statistics:
             return Report(name, VERIFIED, (Check("values", VERIFIED, detail),), facts=facts)
         x, got, exact = (self.at[k] for k in ("input", "got", "expected"))
         reason = f"at x = {x!r} f is {got:.9g} where {exact:.9g} is exact: {self.worst:.4g} ulp"
-        call = f"jax.jit(f)(jnp.array({x!r}, jnp.{self.dtype.name}))  # {got:.9g}, should be {exact:.9g}"
+        call = f"jax.jit(f)(jnp.array({as_code(x)}, jnp.{self.dtype.name}))  # {got:.9g}, should be {exact:.9g}"
         witness = f"import jax, jax.numpy as jnp\n{call}"
         return Report(name, REFUTED, (Check("values", REFUTED, detail),), (reason,), facts, witness)
 
