@@ -82,7 +82,8 @@ def _judge(comparison: Comparison, name: str, verdicts: Verdicts, findings: Find
         findings.add(name, INCONCLUSIVE, f"{UNKNOWN} {unknown}")
         why = oracle.doubt or "its own error is not well below the bound"
         if not any(r.startswith(UNKNOWN) for r in findings.reasons):
-            findings.reasons.append(f"{UNKNOWN} {unknown}: {why}; give reference= or derivative=")
+            missing = {"f": "; give reference= or derivative=", "derivative": ""}.get(oracle.kind, "; give derivative=")
+            findings.reasons.append(f"{UNKNOWN} {unknown}: {why}{missing}")
     else:
         worst = verdicts.worst_in_units(problem.unit)
         size = f"{worst:.2f}" if worst < 1e4 else f"{worst:.1e}"
