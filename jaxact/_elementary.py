@@ -9,6 +9,8 @@ from jax import Array, lax
 
 from jaxact._error_free import two_product, two_sum
 
+FAR = 1024.0  # beyond, e^−|x| is 0 in every dtype
+
 # (eʳ − 1 − r)/r² for |r| ≤ log(2)/2 by Remez' algorithm: with it eʳ is within 0.10 u, but for rounding.
 _EXP = (0.50000001, 0.16666519, 0.041666206, 0.0083688894, 0.001395049)
 # log(2) in two parts, of which the first has 9 bits: small integers times it are exact.

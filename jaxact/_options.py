@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from jaxact._canonical import as_float, canonical_scalar, canonical_smoothing, canonical_temperature, divisor, widen
 from jaxact._classes import Classes
-from jaxact._elementary import polynomial
+from jaxact._elementary import FAR, polynomial
 from jaxact._limits import finite
 from jaxact._sigmoid import sigmoid, sigmoid_slope
 
@@ -73,7 +73,7 @@ def _capped(x: Array, cap: Array) -> Array:
 def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, cap), (x_dot, cap_dot) = primals, tangents
     u = x / cap
-    u = jnp.where(jnp.abs(u) > _CAPPED, _CAPPED * jnp.sign(x), u)  # it may be infinite, and is multiplied by 0
+    u = jnp.where(jnp.abs(u) > FAR, FAR * jnp.sign(x), u)  # it may be infinite, and is multiplied by 0
     # sech² u is not 1 − tanh², of which nothing is left where tanh rounds to 1, but 4 σ′(2u). And of tanh u, as
     # σ(2u) − σ(−2u), it is the derivative to the last digit, which second derivatives of the cap cancel.
     of_x = 4 * sigmoid_slope(2 * u)
@@ -84,7 +84,6 @@ def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> 
     return _capped(x, cap), of_x * x_dot + of_cap * cap_dot
 
 
-_CAPPED = 1024.0  # beyond, e^−|u| is 0 in every dtype
 _SINH = tuple(1 / math.factorial(k) for k in range(3, 20, 2))  # (sinh v − v)/v³ in powers of v², |v| ≤ 1
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, canonical_scalar, masked, require_array, require_arrays, widen
 from jaxact._classes import alike, vary, varying
-from jaxact._elementary import exp_and_rest, exp_of_sum, log, log1p_and_rest
+from jaxact._elementary import FAR, exp_and_rest, exp_of_sum, log, log1p_and_rest
 from jaxact._error_free import two_product, two_sum
 from jaxact._forward_mode import forward_mode
 from jaxact._options import times
@@ -85,12 +85,9 @@ def _share(y: Array, alpha: Array | None) -> Array | float:
     return 1.0 if alpha is None else alpha * y + (1 - alpha) * (1 - y)
 
 
-_FAR = 1024.0  # beyond, e^−|x| is 0 in every dtype
-
-
 def _log_whole(x: Array) -> tuple[Array, Array, Array]:
     """e = e^−|x|, and log(1 + e), which both the loss and log q have, with what its rounding loses."""
-    e, rest = exp_and_rest(-jnp.minimum(jnp.abs(x), _FAR))
+    e, rest = exp_and_rest(-jnp.minimum(jnp.abs(x), FAR))
     return e, *log1p_and_rest(e, rest)
 
 
@@ -105,7 +102,7 @@ def _power(x: Array, y: Array, gamma: Array) -> tuple[Array, Array]:
     # every rounding before it, so that this is known to more digits than a number has.
     e, log_whole, of_whole = _log_whole(x)
     far, gamma = _opposed(x, y), jnp.broadcast_to(gamma, x.shape)
-    log_part = jnp.where(far == 0, -jnp.minimum(jnp.abs(x), _FAR), log(far + (1 - far) * e))
+    log_part = jnp.where(far == 0, -jnp.minimum(jnp.abs(x), FAR), log(far + (1 - far) * e))
     (a, of_a), (b, of_b) = two_product(gamma, log_part), two_product(gamma, -log_whole)
     exponent, of_exponent = two_sum(a, b)
     # At most e⁸⁷: more than 1 for a negative power alone, which has a factor that is as small.
@@ -188,7 +185,7 @@ def _focal_loss(x: Array, y: Array, alpha: Array | None, gamma: Array) -> Array:
     # rounded when 1 + r has multiplied it.
     (_, log_whole, of_whole), far, distance = _log_whole(wide), _opposed(wide, y), jnp.abs(wide)
     loss = log_whole + times(far, distance)
-    _, of_loss = two_sum(log_whole, far * jnp.minimum(distance, _FAR))
+    _, of_loss = two_sum(log_whole, far * jnp.minimum(distance, FAR))
     loss = loss + jnp.where(loss < jnp.inf, r * loss + (of_loss + of_whole), 0)
     return _share(y, alpha) * s * loss
 

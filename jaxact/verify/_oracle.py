@@ -103,7 +103,7 @@ def _find_oracle(
     program = functools.partial(reference) if kind == "jax" else problem.f
     layout = Layout.diagonal(problem.n) if elementwise else _layout(problem, program, rng)
     source = autodiff(problem, program, layout)
-    moved = [_nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
+    moved = [nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
     if derivative is not None or kind == "mpmath":
         if derivative:
             kind, name = "derivative", f"exact derivative, {name_of(derivative)}"
@@ -295,7 +295,7 @@ def _zero_rows(layout: Layout, jacobian: Jacobian) -> np.ndarray:
     return zero
 
 
-def _nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndarray:
+def nearby(x: np.ndarray, relative: float, rng: np.random.Generator) -> np.ndarray:
     return x * (1 + relative * rng.choice([-1.0, 1.0], x.shape))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxact.verify import _diagnosis as diagnosis
 from jaxact.verify._compare import Comparison, Verdicts, close
 from jaxact.verify._jacobian import FULL, products_by_autodiff
+from jaxact.verify._oracle import nearby
 from jaxact.verify._report import INCONCLUSIVE, REFUTED, UNKNOWN, VERIFIED, Findings, apart, counted, first_line, off
 
 ONE_HOT = 1024  # one-hot vectors at most
@@ -138,7 +139,9 @@ def alone(comparison: Comparison, results: Results, findings: Findings) -> None:
     findings.add("one argument", VERIFIED, "differentiated alone, each as with the others")
 
 
-def everywhere(comparison: Comparison, program: Any, modes: tuple[str, ...], rng: Any, findings: Findings) -> None:
+def everywhere(
+    comparison: Comparison, program: Any, modes: tuple[str, ...], rng: np.random.Generator, findings: Findings
+) -> None:
     """Of a Jacobian of which some rows and columns are looked at, products with vectors that reach all of it.
 
     `program` is what the oracle differentiates. What Σ|J||v| is nobody has computed; but it is at most √size times the
@@ -151,7 +154,7 @@ def everywhere(comparison: Comparison, program: Any, modes: tuple[str, ...], rng
         size = problem.vector_size(mode)
         v = problem.rounded(rng.normal(size=(1, size)), problem.vector_shapes(mode))
         vectors = np.concatenate([v, v * rng.choice([-1.0, 1.0], (8, size))])
-        moved = [problem.x * (1 + bound * problem.unit * rng.choice([-1.0, 1.0], problem.n)) for _ in range(3)]
+        moved = [nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
         with np.errstate(all="ignore"):
             want, *signed = products_by_autodiff(problem, program, mode, vectors, problem.x)
             near = [products_by_autodiff(problem, program, mode, v, x)[0] for x in moved]
@@ -165,7 +168,7 @@ def everywhere(comparison: Comparison, program: Any, modes: tuple[str, ...], rng
             i = int(np.argmax(wrong))
             came, due = apart(got[i], want[i])
             detail = f"{mode} mode gives {came} where {due} is due, in element {i} of a product with a random vector"
-            findings.add("everywhere", REFUTED, f"{off(int(wrong.sum()), len(wrong))}", detail)
+            findings.add("everywhere", REFUTED, off(int(wrong.sum()), len(wrong)), detail)
             return
     findings.add("everywhere", VERIFIED, "products with random vectors, which a row or column left out would show")
 

@@ -42,9 +42,9 @@ def rule(
         bound: k in |error| ≤ k·u·Σⱼ|Jᵢⱼ||gⱼ|, u the unit roundoff of the narrowest dtype. By default 8, to which is
             added what inputs off by 8 u would change; in float64, where the oracle is in float64 too, 1024.
         transforms: under which to check beside plain calls: of "jit", "vmap", "remat". Under "vmap" the (co)tangents
-            are a batch, alone and with `args`, whose batch is so large that XLA takes other kernels than for them
-            alone. Others of its rows have a nan or ±inf in them; where one is lost in the batch, a fact of the report
-            says so, and the verdict remains.
+            are a batch, alone and with `args`: with one array of these at a time, and with all, so many that XLA takes
+            other kernels than for them alone. Others of these rows have a nan or ±inf in them; where one is lost in the
+            batch, a fact of the report says so, and the verdict remains.
         edges: for an elementwise function, where to check its first derivative besides: ... for a sweep of ±0 and all
             magnitudes, without ±inf and nan, absent where `f` takes no array of another shape or is not elementwise
             there; a dict from input to derivative; or None. In the sweep a slope of nan is refuted, and at a kink one
@@ -61,8 +61,8 @@ def rule(
 
     Numerics:
         The error bound holds for each element and does not grow with the array. Jacobians of up to 2²¹ entries are
-        checked whole, of larger ones 64 rows and columns. The same check is made on mutants of the products, and a
-        verdict of "verified" means that all of them were refuted.
+        checked whole, of larger ones 64 rows and columns, and products with random vectors that reach all of them. The
+        same check is made on mutants of the products, and a verdict of "verified" means that all of them were refuted.
 
     Example:
         >>> import jax, jax.numpy as jnp
