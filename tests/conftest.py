@@ -1,7 +1,8 @@
 """Flags and the strict configuration.
 
 `pytest` runs with JAX as a user finds it. `pytest --strict-jax` runs the same tests with strict dtype promotion and
-the tracer-leak check. `pytest --exhaustive` adds the tests that take long, and every combination of parameters.
+the tracer-leak check. `pytest --long` adds the tests that take some seconds and that others mostly cover,
+`pytest --exhaustive` those that take minutes too, and every combination of parameters.
 """
 
 import collections
@@ -21,7 +22,8 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="run the tests that take long too")
+    parser.addoption("--long", action="store_true", help="run the tests that take some seconds each too")
+    parser.addoption("--exhaustive", action="store_true", help="run those that take minutes too")
     parser.addoption("--strict-jax", action="store_true", help="strict dtype promotion and the tracer-leak check")
 
 
@@ -36,16 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--exhaustive"):
         return
-    skip = pytest.mark.skip(reason="takes long; run with --exhaustive")
+    marks = ("exhaustive",) if config.getoption("--long") else ("exhaustive", "long")
+    left_out = {item for item in items if any(mark in item.keywords for mark in marks)}
     tests: dict[Any, list[pytest.Item]] = collections.defaultdict(list)
     for item in items:
-        if "exhaustive" in item.keywords:
-            item.add_marker(skip)
-        elif hasattr(item, "callspec"):
+        if item not in left_out and hasattr(item, "callspec"):
             tests[item.path, item.function].append(item)  # type: ignore[attr-defined]
-    for cases in tests.values():
-        for item in _superfluous(cases):
-            item.add_marker(skip)
+    left_out.update(*map(_superfluous, tests.values()))
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _superfluous(cases: list[pytest.Item]) -> list[pytest.Item]:
@@ -101,13 +102,14 @@ for line in sys.stdin:
 def on_eight_devices() -> Iterator[Callable[..., str]]:
     """Runs a program on eight CPU devices, and before it what it has in common with others; returns what it printed.
 
-    The number of devices is that of a process, and each process must import JAX: so there is one for all tests.
+    The number of devices is that of a process, and each process must import JAX: so there is one for all tests. What
+    they ask is how a program is divided, which is settled before LLVM optimises it: without that a third is saved.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", RUNNER],
         env=os.environ
         | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join(sys.path),
         },

@@ -34,21 +34,12 @@ CALLS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_ranks_are_promoted_explicitly(name: str) -> None:
+def test_ranks_and_dtypes_are_promoted_explicitly(name: str) -> None:
     def total(x: Any) -> Any:
         return CALLS[name](x).sum()
 
-    with jax.numpy_rank_promotion("raise"):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):  # 16 bits, which are widened
         # Forward over reverse has what the rule does too. Nothing need be computed.
-        jax.eval_shape(lambda x: jax.jvp(jax.grad(total), (x,), (x,)), X)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_dtypes_are_promoted_explicitly(name: str) -> None:
-    def total(x: Any) -> Any:
-        return CALLS[name](x).sum()
-
-    with jax.numpy_dtype_promotion("strict"):  # 16 bits, which are widened
         jax.eval_shape(lambda x: jax.jvp(jax.grad(total), (x,), (x,)), X.astype("bfloat16"))
 
 
@@ -162,6 +153,7 @@ MASKED: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MASKED)
 def test_reverse_mode_keeps_of_a_mask_the_mask(name: str) -> None:
     def kept(where: Any) -> int:

@@ -47,18 +47,20 @@ def assert_identical(twins: Twins) -> None:
     assert not twins.relative_gap.any()
 
 
-# Every optimizer in one dtype or the other, and those of two kinds on both sets of data and in both dtypes; of a third,
-# Adam, blobs in float32 are in a test below. The other combinations are visited with --exhaustive.
+# One optimizer of each kind on the real data, and one of them in float64. With --long every optimizer, and two kinds on
+# blobs; of Adam, blobs in float32 are in a test below. The other combinations are visited with --exhaustive.
+def _mark(name: str, data: Any, dtype: Any) -> Any:
+    i, j, k = list(OPTIMIZERS).index(name), data is blobs, dtype is np.float64
+    if (i + j + k) % 2 or (data is blobs and name not in ("sgd", "adamw")):
+        return pytest.mark.exhaustive
+    return () if data is cancer and name in ("sgd", "adam", "adamw") else pytest.mark.long
+
+
 TWINS = [
-    pytest.param(
-        name,
-        data,
-        dtype,
-        marks=[] if (i + j + k) % 2 == 0 and (data is cancer or name in ("sgd", "adamw")) else [pytest.mark.exhaustive],
-    )
-    for i, name in enumerate(OPTIMIZERS)
-    for j, data in enumerate([cancer, blobs])
-    for k, dtype in enumerate([np.float32, np.float64])
+    pytest.param(name, data, dtype, marks=_mark(name, data, dtype))
+    for name in OPTIMIZERS
+    for data in (cancer, blobs)
+    for dtype in (np.float32, np.float64)
 ]
 
 
@@ -77,6 +79,7 @@ def test_twins_converge_identically_to_the_last_bit(
 
 
 # Below the width of a vector, and above it with a remainder; widths themselves are in the data above.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("examples", "features"),
     [
@@ -112,6 +115,7 @@ def test_unmatched_rates_differ() -> None:
     assert twins.relative_gap[50:].min() > 0.05
 
 
+@pytest.mark.long
 def test_peers_drift_apart_and_lose_the_loss() -> None:
     x, y = blobs()
     x = x.astype(np.float32) * 4

@@ -121,6 +121,7 @@ def test_unmatched_rates_differ(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "The two classifiers are out of step: " in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_unmatched_rates_may_make_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def printed(*rows: str, steps: int) -> str:
         file = write(tmp_path / "data.csv", *rows, header="a,class")
@@ -315,14 +316,6 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "all 4 losses agree bit for bit." in done.stdout
     assert results(tmp_path)["results"]["jaxact"]["weight_gap"] == 0
-
-
-def test_importing_jaxact_imports_nothing_heavy() -> None:
-    heavy = ("matplotlib", "sklearn", "rich", "optax", "jaxact._cli")
-    code = f"import sys, jaxact; print([name for name in {heavy} if name in sys.modules])"
-    root = Path(jaxact.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full here")

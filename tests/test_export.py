@@ -90,6 +90,7 @@ def test_lowers_for_every_platform_and_runs_here(
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "weighted_logsumexp", "integer_loss", "dense"])
 def test_symbolic_shapes(name: str) -> None:
     f = FUNCTIONS[name] if name != "dense" else lambda x: losses.softmax_cross_entropy(x, x * x)

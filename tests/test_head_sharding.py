@@ -129,6 +129,7 @@ def test_meshes_with_explicit_axes(reduction: str, on_eight_devices: Callable[..
     assert on_eight_devices(program.replace("REDUCTION", repr(reduction)), COMMON).strip() == "agreed"
 
 
+@pytest.mark.long
 def test_features_divided_over_an_explicit_axis(on_eight_devices: Callable[..., str]) -> None:
     # Neither tokens nor classes are; the gradients are divided as the operands.
     program = """
@@ -159,6 +160,7 @@ def test_axes_of_which_some_are_explicit(on_eight_devices: Callable[..., str]) -
     assert on_eight_devices(program, COMMON).strip() == "agreed"
 
 
+@pytest.mark.long
 def test_auxiliary_on_explicit_axes(on_eight_devices: Callable[..., str]) -> None:
     program = """
         def extras(x, w, y):
@@ -260,6 +262,7 @@ def test_shard_map(check_vma: bool, on_eight_devices: Callable[..., str]) -> Non
     assert on_eight_devices(program.replace("CHECK_VMA", str(check_vma)), COMMON).strip() == "agreed"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "way",
     [

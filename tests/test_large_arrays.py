@@ -72,6 +72,7 @@ TRIPLES = np.array(list(itertools.product(SPECIAL, repeat=3)), np.float32)
 
 
 # Few classes are taken one by one. With others that do not exist they are not few.
+@pytest.mark.long
 @pytest.mark.parametrize("padding", [0, 17])
 @pytest.mark.parametrize("name", [*list(FUNCTIONS)[:5], "integer labels", "probabilities"])
 def test_a_nan_beside_infinities(name: str, padding: int) -> None:
@@ -84,6 +85,7 @@ def test_a_nan_beside_infinities(name: str, padding: int) -> None:
     assert (slope | (x == -INF))[bad].all()  # a class that does not exist may have no derivative
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("classes", [20, 100])
 @pytest.mark.parametrize("name", ["log_softmax", "logsumexp", "integer labels", "probabilities"])
 def test_a_value_beside_its_gradient(name: str, classes: int) -> None:

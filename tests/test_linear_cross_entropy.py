@@ -164,6 +164,7 @@ def test_each_option_alone(i: int, dtype: str, x64: None) -> None:
     check(given, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("i", "dtype"), cases(50, 3))
 def test_random_combinations(i: int, dtype: str, x64: None) -> None:
     check(combination(i), dtype)

@@ -316,6 +316,7 @@ def second_in_label(x: Any, y: Any, gamma: Any) -> Any:
     return [mode(jax.grad(focal_loss, 1), 1)(x, y, None, gamma) for mode in (jax.jacfwd, jax.jacrev)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("x", "y", "gamma"), [(-44, 0, 2), (-66, 0, 1), (50, 1, 2), (-44, 0, 1.5), (20, 1, 5), (-3, 0, 2)]
 )
@@ -408,6 +409,7 @@ def second_of_softcap(x: Any, cap: Any) -> Any:
     return [jnp.ravel(jnp.array(outer(inner(loss, (0, 1)), (0, 1))(x, cap))) for outer in modes for inner in modes]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ratio", [-44.0, 0.3, 5.0, 8.0, 12.0, 30.0])
 def test_second_derivatives_of_the_softcap(ratio: float) -> None:
     # log(1 + e^{c tanh(x/c)}) in x and the cap c. Where e is large its square is, and tanh is 1 to the last bit.
@@ -424,6 +426,7 @@ def test_second_derivatives_of_the_softcap(ratio: float) -> None:
         np.testing.assert_allclose(got, want, rtol=50 * U, atol=2.0**-126)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [3, 256, 4096])
 def test_a_cap_leaves_a_likely_label_its_loss(rows: int) -> None:
     # Alone and in a row, tanh may be rounded to two neighbours, 2e-6 apart once multiplied by the cap; but the label's
@@ -450,6 +453,7 @@ OF_THREE = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @OF_THREE
 def test_a_temperature_with_a_large_offset(loss: Any) -> None:
     # The quotients, 3333 and some, would be rounded by 1e-4.
@@ -529,6 +533,7 @@ def test_options_of_other_dtypes_leave_that_of_the_loss(x64: None) -> None:
         assert [a.dtype for a in jax.eval_shape(run, x, options["z_loss"])] == [jnp.float32, jnp.float32, jnp.float64]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", ["temperature", "logit_softcap"])
 def test_derivatives_where_a_logit_over_an_option_overflows(option: str) -> None:
     """The least number, by which many mask, over 0.5 is −∞, as is any logit below −1.7e38."""
@@ -559,6 +564,7 @@ def test_derivatives_where_a_logit_over_an_option_overflows(option: str) -> None
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("x", "y"), [(INF, 1.0), (-INF, 0.0)])
 def test_second_derivatives_of_a_focal_loss_of_0(x: float, y: float) -> None:
     for gamma in (0.0, 2.0):

@@ -173,6 +173,7 @@ def of_label_0(x: Any) -> Any:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gap", [-30.0, 0.0, 0.3, 12.0, 20.0, 60.0, 200.0])
 def test_three_derivatives_against_mpmath(gap: float, x64: None) -> None:
     for dtype in ("float64", "float32") if gap < 80 else ("float64",):
@@ -413,6 +414,7 @@ def test_the_dense_loss_keeps_16_bits_of_16(dtype: str) -> None:
     assert verify.residuals(lambda q: dense_loss(x, q), q).facts["bytes"] <= x.nbytes + 3 * 4 * 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("classes", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (31, 32, 8192)), 40])
 def test_the_label_among_many_classes(classes: int) -> None:
     # From 32 on its entry of the gradient is written after the others, and from 8192 on rows are folded.

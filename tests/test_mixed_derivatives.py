@@ -133,6 +133,7 @@ def derivatives(*ways: tuple[Callable[..., Any], Any, Any]) -> Any:
     return jax.jit(lambda *arguments: [by(*way, *arguments) for way in ways])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", few(CASES, "head"))
 def test_second_derivatives_in_every_pair_of_arguments(name: str, x64: None) -> None:
     ours, textbook, given = CASES[name]
@@ -205,6 +206,7 @@ BESIDE |= {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", few(BESIDE, *IGNORED, "a token of no weight, none"))
 def test_what_does_not_count_is_in_no_derivative(name: str, x64: None) -> None:
     ours, textbook, given = BESIDE[name]

@@ -112,6 +112,7 @@ def test_a_common_offset_changes_nothing(these: Any, kind: int, offset: float) -
     np.testing.assert_allclose(np.asarray(run(x + offset)[1]), np.asarray(run(x)[1]), rtol=8 * U)
 
 
+@pytest.mark.long
 def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str], request: pytest.FixtureRequest) -> None:
     program = """
         import functools, jax, jax.numpy as jnp, numpy as np

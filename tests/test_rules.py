@@ -101,6 +101,7 @@ def test_second_derivatives_are_verified(name: str, dtype: str, inner: str) -> N
     assert report.verdict == "verified", str(report)
 
 
+@pytest.mark.long
 def test_rules_on_eight_devices(on_eight_devices: Callable[..., str]) -> None:
     program = """
         import jax, numpy as np, jaxact

@@ -149,6 +149,7 @@ def test_hessians_of_softmax_in_every_nesting_of_modes(scale: float | str) -> No
                 assert (abs(got - want) <= 32 * 2**-24 * bound + 8 * LOST["float32"]).all(), (x, got, want)
 
 
+@pytest.mark.long
 @BOTH
 @mpmath.workdps(60)
 def test_derivatives_in_temperature_against_mpmath(name: str, x64: None) -> None:

@@ -147,6 +147,7 @@ def test_two_runs_print_the_same_report_and_leave_the_configuration_alone() -> N
 X = np.float32(np.linspace(-20, 20, 11))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how",
     [
@@ -176,7 +177,12 @@ def test_edges() -> None:
     assert report.verdict == "refuted"
     assert report.reasons[0] == "at x = 0, reverse mode gives 0.5 where edges= says 0.25"
     assert report.witness.splitlines()[-1].startswith("jax.vjp(f, jnp.array([0.0], jnp.float32))[1]")
-    # Away from the arguments, where the sweep looks.
+
+
+@pytest.mark.long
+def test_the_sweep_of_inputs_away_from_the_arguments() -> None:
+    x = jnp.array([0.5, 1.5])
+    rule: Any = functools.partial(verify.rule, transforms=())
     assert "at x = " in rule(jax.nn.sigmoid, x).reasons[0]
     # Right down to −40, and then 0 where e^x is not yet.
     false_zero: Any = jax.custom_vjp(lambda x: jnp.logaddexp(x, 0.0))
@@ -217,6 +223,7 @@ def test_modes() -> None:
     assert rule(modes="reverse").facts["modes"] == ["reverse"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the kernels of XLA for CPU")
 def test_a_nan_that_is_lost_in_large_arrays_only() -> None:
     x = np.tile(np.array([[1, 2, 3], [1, np.nan, 3]], np.float32), (2048, 1))
@@ -487,6 +494,7 @@ def test_a_mistake_in_what_is_given_is_told_as_it_is() -> None:
         plainly(jnp.sin, LINE, reference=lambda x: x.foo())
 
 
+@pytest.mark.long
 def test_a_given_slope_is_what_is_differentiated() -> None:
     def square(x: Any) -> Any:  # which autodiff gets wrong
         return x * jax.lax.stop_gradient(x)
@@ -524,6 +532,7 @@ def test_nan_that_the_verifier_puts_in_itself() -> None:
         assert verify.rule(jnp.sin, LINE, transforms=("vmap",))
 
 
+@pytest.mark.long
 def test_given_edges() -> None:
     narrow = LINE.astype(jnp.bfloat16)
     with pytest.raises(ValueError, match=r"edges must be numbers of bfloat16, got -20.3: the next to it is -20.25"):
@@ -601,6 +610,7 @@ def test_one_array_alone_in_a_batch() -> None:
     assert report.reasons == ("f is wrong where array 0 alone is batched",)
 
 
+@pytest.mark.long
 def test_long_arrays_take_no_more_than_their_jacobian_would() -> None:
     n = 5000
     report = plainly(jnp.sin, jnp.linspace(0.1, 3.0, n))
@@ -632,6 +642,7 @@ def test_types_of_fewer_bits_are_refused() -> None:
         plainly(jnp.sin, LINE.astype(jnp.float8_e4m3fn))
 
 
+@pytest.mark.long
 def test_a_row_left_out_of_many() -> None:
     # Of so large a Jacobian 64 rows are looked at one by one.
     def f(x: Any) -> Any:
