@@ -43,8 +43,8 @@ def log_softmax(
 
     Returns:
         Log-probabilities ≤ 0 with the shape and dtype of `x`; −inf for a class that is masked or has logit −inf.
-        Logits of +inf share the row equally; beside them the largest finite number counts as one. A nan makes its
-        own row nan and no other.
+        Logits of +inf share the row equally; beside them the largest finite number counts as one, but not that of 16
+        bits. A nan makes its own row nan and no other.
 
     Raises:
         TypeError: if `x` is complex or not an array, `axis` not integer, `where` not boolean.

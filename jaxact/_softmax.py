@@ -55,8 +55,8 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
 
     Returns:
         Probabilities with the shape and dtype of `x`, summing to 1 over `axis`. Exactly 0 for a class that is masked
-        or has logit −inf; all 0 where no class is left. Logits of +inf share the row equally; beside
-        them the largest finite number counts as one. A nan makes its own row nan and no other.
+        or has logit −inf; all 0 where no class is left. Logits of +inf share the row equally; beside them the largest
+        finite number counts as one, but not that of 16 bits. A nan makes its own row nan and no other.
 
     Raises:
         TypeError: if `x` is complex or not an array, `axis` not integer, `where` not boolean.
