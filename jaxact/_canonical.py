@@ -29,11 +29,9 @@ def require_array(name: str, x: ArrayLike) -> ArrayLike:
     return x
 
 
-def require_arrays(**named: ArrayLike | None) -> None:
-    """The same for several, of which None is one that is not given."""
-    for name, x in named.items():
-        if x is not None:
-            require_array(name, x)
+def optional_array(name: str, x: ArrayLike | None) -> ArrayLike | None:
+    """The same of what may be left out, which is None then."""
+    return None if x is None else require_array(name, x)
 
 
 def as_float(name: str, x: ArrayLike) -> Array:
@@ -76,8 +74,8 @@ def _convert(dtype: Any, a: Any) -> Any:
 
 def static_axis(axis: Any) -> Axis:
     """`axis` as what a jitted call can hash. A list counts as a tuple, as in `jax.nn`."""
-    if axis is None:
-        return None
+    if axis is None or type(axis) is int:  # most often
+        return axis
     try:
         return tuple(map(operator.index, axis)) if isinstance(axis, (tuple, list)) else operator.index(axis)
     except TypeError:
@@ -149,13 +147,23 @@ def canonical_int(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def does_nothing(value: ArrayLike | None, literal: float) -> bool:
+    """Whether an option is the literal that leaves it out, and then costs nothing."""
+    return isinstance(value, (int, float)) and value == literal
+
+
 def canonical_temperature(temperature: ArrayLike) -> ArrayLike | None:
-    """The temperature, or None for a literal 1, which then costs nothing."""
-    return canonical_scalar("temperature", temperature, lambda t: 0 < t < math.inf, "positive and finite", nothing=1)
+    """The temperature, or None for a literal 1."""
+    if does_nothing(temperature, 1):
+        return None
+    return canonical_scalar("temperature", temperature, lambda t: 0 < t < math.inf, "positive and finite")
 
 
 def canonical_smoothing(epsilon: ArrayLike) -> ArrayLike | None:
-    return canonical_scalar("label_smoothing", epsilon, lambda e: 0 <= e <= 1, "in [0, 1]", nothing=0)
+    """The smoothing, or None for a literal 0."""
+    if does_nothing(epsilon, 0):
+        return None
+    return canonical_scalar("label_smoothing", epsilon, lambda e: 0 <= e <= 1, "in [0, 1]")
 
 
 def divisor(temperature: ArrayLike | None, x: Array) -> Array | None:
@@ -166,15 +174,11 @@ def divisor(temperature: ArrayLike | None, x: Array) -> Array | None:
     return jnp.where(t > 0, t, jnp.nan)
 
 
-def canonical_scalar(
-    name: str, value: ArrayLike, accept: Callable[[float], bool], what: str, nothing: float | None = None
-) -> ArrayLike | None:
-    """The value of an option, or None for the literal that does nothing.
+def canonical_scalar(name: str, value: ArrayLike, accept: Callable[[float], bool], what: str) -> ArrayLike:
+    """The value of an option.
 
-    A value that is known is checked, as what it will be in the default float. A traced one cannot be.
+    One that is known is checked, as what it will be in the default float. A traced one cannot be.
     """
-    if isinstance(value, (int, float)) and value == nothing:
-        return None
     if np.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}.")
     try:

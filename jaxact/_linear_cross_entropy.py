@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, require_array, require_arrays, wider
+from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, optional_array, require_array, wider
 from jaxact._chunk import How, Operands, Tokens
 from jaxact._chunks import attached, sweep, weighted, weighted_total
 from jaxact._classes import AxisName, at_index, integer_labels, label_index, not_ignored, static_axis_name
@@ -141,9 +141,10 @@ def linear_cross_entropy(
         precision, static_axis_name(axis_name), bool(return_aux),
     )  # fmt: skip
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
-    for name, value in (("x", x), ("w", w), ("labels", labels)):
-        require_array(name, value)
-    require_arrays(bias=bias, where=where, token_weight=token_weight, class_weight=class_weight)
+    x, w, labels = require_array("x", x), require_array("w", w), require_array("labels", labels)
+    bias, where, token_weight = (
+        optional_array(name, a) for name, a in (("bias", bias), ("where", where), ("token_weight", token_weight))
+    )
     return _of_any(how, reduction, ignored, x, w, labels, bias, where, token_weight, options)
 
 

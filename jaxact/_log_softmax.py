@@ -16,8 +16,8 @@ from jaxact._canonical import (
     canonical_axis,
     canonical_temperature,
     masked,
+    optional_array,
     require_array,
-    require_arrays,
     static_axis,
     widen,
 )
@@ -70,7 +70,7 @@ def log_softmax(
     References:
         jax issues 40384, 40409, 19490 and 23842.
     """
-    require_arrays(where=where)
+    where = optional_array("where", where)
     return _log_softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 

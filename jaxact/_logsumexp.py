@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxact._branches import unless_all
-from jaxact._canonical import Axis, as_float, canonical_axis, masked, require_array, require_arrays, static_axis, widen
+from jaxact._canonical import Axis, as_float, canonical_axis, masked, optional_array, require_array, static_axis, widen
 from jaxact._classes import alike
 from jaxact._elementary import exp
 from jaxact._exponentials import UNSHIFTED, scaled_exponentials
@@ -71,7 +71,7 @@ def logsumexp(
     References:
         jax issues 6811 and 22398.
     """
-    require_arrays(b=b, where=where)
+    b, where = optional_array("b", b), optional_array("where", where)
     return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, bool(keepdims), bool(return_sign), where)
 
 

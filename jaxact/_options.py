@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._canonical import as_float, canonical_scalar, canonical_smoothing, canonical_temperature, divisor, widen
+from jaxact._canonical import (
+    as_float,
+    canonical_scalar,
+    canonical_smoothing,
+    canonical_temperature,
+    divisor,
+    does_nothing,
+    optional_array,
+    widen,
+)
 from jaxact._classes import Classes
 from jaxact._elementary import FAR, polynomial
 from jaxact._limits import finite
@@ -97,15 +106,17 @@ class Options(NamedTuple):
     class_weight: Any
 
     def checked(self) -> "Options":
-        """None for what does nothing; what is out of range raises where its value is known."""
-        scalar, cap = canonical_scalar, self.logit_softcap
+        """None for what does nothing; what is no array, or known to be out of range, raises."""
+        z_loss, cap = None if does_nothing(self.z_loss, 0) else self.z_loss, self.logit_softcap
+        if z_loss is not None:
+            canonical_scalar("z_loss", z_loss, lambda z: 0 <= z < math.inf, "finite and not negative")
         if cap is not None:  # its inverse must be a normal number too
-            cap = scalar("logit_softcap", cap, lambda c: 0 < c <= 1e37, "positive and at most 1e37")
+            canonical_scalar("logit_softcap", cap, lambda c: 0 < c <= 1e37, "positive and at most 1e37")
         return self._replace(
             temperature=canonical_temperature(self.temperature),
             label_smoothing=canonical_smoothing(self.label_smoothing),
-            z_loss=scalar("z_loss", self.z_loss, lambda z: 0 <= z < math.inf, "finite and not negative", nothing=0),
-            logit_softcap=cap,
+            z_loss=z_loss,
+            class_weight=optional_array("class_weight", self.class_weight),
         )
 
     def in_dtype(self, dtype: Any) -> "Options":

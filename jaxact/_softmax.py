@@ -18,8 +18,8 @@ from jaxact._canonical import (
     compute_dtype,
     divisor,
     masked,
+    optional_array,
     require_array,
-    require_arrays,
     static_axis,
     widen,
 )
@@ -84,7 +84,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
     References:
         jax issues 40386, 40344, 37234, 17117 and 13529.
     """
-    require_arrays(where=where)
+    where = optional_array("where", where)
     return _softmax_of_any(require_array("x", x), static_axis(axis), where, canonical_temperature(temperature))
 
 

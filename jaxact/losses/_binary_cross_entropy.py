@@ -13,8 +13,8 @@ from jaxact._canonical import (
     canonical_smoothing,
     compute_dtype,
     masked,
+    optional_array,
     require_array,
-    require_arrays,
     widen,
 )
 from jaxact._classes import alike
@@ -69,9 +69,9 @@ def sigmoid_binary_cross_entropy(
         optax issue 431: nan at ±inf.
     """
     e = canonical_smoothing(label_smoothing)
-    require_array("logits", logits)
-    require_arrays(pos_weight=pos_weight, where=where)
-    return _binary_cross_entropy_of_any(logits, require_array("labels", labels), pos_weight, e, where)
+    logits, labels = require_array("logits", logits), require_array("labels", labels)
+    pos_weight, where = optional_array("pos_weight", pos_weight), optional_array("where", where)
+    return _binary_cross_entropy_of_any(logits, labels, pos_weight, e, where)
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxact._canonical import as_float, canonical_scalar, masked, require_array, require_arrays, widen
+from jaxact._canonical import as_float, canonical_scalar, masked, optional_array, require_array, widen
 from jaxact._classes import alike, vary, varying
 from jaxact._elementary import FAR, exp_and_rest, exp_of_sum, log, log1p_and_rest
 from jaxact._error_free import two_product, two_sum
@@ -64,9 +64,8 @@ def sigmoid_focal_loss(
         Lin et al., "Focal Loss for Dense Object Detection" (2017); optax issue 1267: nan gradients.
     """
     canonical_scalar("gamma", gamma, lambda c: 0 <= c <= 1e30, "not negative and at most 1e30")
-    require_array("logits", logits)
-    require_arrays(alpha=alpha, where=where)
-    return _focal_of_any(logits, require_array("labels", labels), alpha, gamma, where)
+    logits, labels = require_array("logits", logits), require_array("labels", labels)
+    return _focal_of_any(logits, labels, optional_array("alpha", alpha), gamma, optional_array("where", where))
 
 
 @jax.jit

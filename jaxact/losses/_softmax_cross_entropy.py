@@ -18,8 +18,8 @@ from jaxact._canonical import (
     canonical_mask,
     compute_dtype,
     masked,
+    optional_array,
     require_array,
-    require_arrays,
     static_axis,
 )
 from jaxact._classes import (
@@ -114,9 +114,8 @@ def softmax_cross_entropy_with_integer_labels(
     options = Options(temperature, label_smoothing, z_loss, logit_softcap, class_weight).checked()
     if ignore_index is not None:
         ignore_index = canonical_int("ignore_index", ignore_index)
-    require_arrays(where=where, class_weight=class_weight)
-    require_array("logits", logits)
-    require_array("labels", labels)
+    logits, labels = require_array("logits", logits), require_array("labels", labels)
+    where = optional_array("where", where)
     return _of_integers(logits, labels, where, options, static_axis(axis), ignore_index, static_axis_name(axis_name))
 
 
@@ -236,9 +235,8 @@ def softmax_cross_entropy(
         optax issues 896 and 1762: nan at −inf.
     """
     options = Options(temperature, label_smoothing, z_loss, logit_softcap, class_weight).checked()
-    require_arrays(where=where, class_weight=class_weight)
-    require_array("logits", logits)
-    require_array("labels", labels)
+    logits, labels = require_array("logits", logits), require_array("labels", labels)
+    where = optional_array("where", where)
     return _of_probabilities(logits, labels, where, options, static_axis(axis))
 
 
