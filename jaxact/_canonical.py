@@ -179,11 +179,9 @@ def canonical_scalar(name: str, value: ArrayLike, accept: Callable[[float], bool
 
     One that is known is checked, as what it will be in the default float. A traced one cannot be.
     """
-    if np.ndim(value) != 0:
+    if np.ndim(require_array(name, value)) != 0:
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}.")
     try:
-        if isinstance(value, (str, bytes)):  # float() would read them
-            raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except jax.errors.ConcretizationTypeError:
         return value

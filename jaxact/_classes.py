@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType
 
 from jaxact._canonical import wider
 from jaxact._reductions import maximum, sum_over
@@ -99,9 +100,9 @@ def at_index(weights: Array | None, y: Array, axis_name: AxisName) -> Array | No
     """The weight of each label."""
     if weights is None:
         return None
-    if any(jax.typeof(y).sharding.spec) or weights.shape[0] == 0:
-        # A gather needs a class; and over the explicit axes of a mesh it, or its transpose, may be more than JAX can
-        # divide.
+    if AxisType.Explicit in (jax.typeof(y).sharding.mesh.axis_types or ()) or weights.shape[0] == 0:
+        # A gather needs a class; and over the explicit axes of a mesh, of which `vmap` may have taken one from the
+        # type, it or its transpose may be more than JAX can divide.
         row, places = (as_row(a, y.ndim + 1) for a in (weights, jnp.arange(weights.shape[0])))
         local = jnp.sum(jnp.where(y[..., None] == places, row, 0), -1)
     else:

@@ -34,7 +34,7 @@ def forward_mode(f: jax.custom_vjp) -> Any:
     Raises:
         TypeError: if `f` is not a `jax.custom_vjp` function, and, when it is differentiated, if its backward
             pass cannot be transposed: because it is not linear in the cotangent, or because it applies an
-            operation to the cotangent for which JAX has no transpose (`lax.while_loop`, another custom rule, a
+            operation to the cotangent for which JAX has no transpose (`lax.while_loop`, another custom rule, `cg`, a
             kernel). A backward pass that adds a constant is not linear either, but transposes without complaint.
 
     Numerics:
@@ -114,11 +114,16 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
     # Without the integer results: inside `shard_map` their cotangents would have to say on which devices they differ.
     floats, vjp, out = jax.vjp(of_floats, values, has_aux=True)
 
+    typed = [jax.typeof(v) for v in values]
+
     # Under checkpoint, partial evaluation saves the rule's residuals and nothing computed from them. Its barriers
     # against common subexpressions are not wanted: sharing work between the two passes is what we hope for.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def backward(float_cotangents: list[Any]) -> Any:
-        return vjp(float_cotangents)[0]
+        # `jax.custom_vjp` takes a cotangent of another float dtype than the argument's.
+        return jax.tree.map(
+            lambda c, v: c if c.dtype == v.dtype else c.astype(v.dtype), vjp(float_cotangents)[0], typed
+        )
 
     transpose = jax.linear_transpose(backward, floats)
     try:
@@ -141,7 +146,7 @@ def _not_transposable(f: jax.custom_vjp, error: Exception) -> str:
     return (
         f"forward_mode: the backward rule of {name!r} cannot be transposed, so there is no forward mode to derive "
         f"from it{why}. Either it is not linear in the "
-        "cotangent, or returns another shape or dtype than the argument has, which makes it wrong, or it applies to "
+        "cotangent, or returns another shape than the argument has, which makes it wrong, or it applies to "
         "the cotangent an operation without a transpose (lax.while_loop, another custom rule, a kernel). Write the "
         "rule with transposable operations, or use jax.custom_vjp alone if reverse mode is enough."
     )

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, optional_array, require_array, wider
@@ -86,7 +86,7 @@ def linear_cross_entropy(
         precision: of the products, as for `jax.numpy.matmul`.
         axis_name: inside `shard_map`, the mesh axis over which V is split by hand: `w`, `bias` and `class_weight` are
             then this device's part, and labels count through all parts. With check_vma=False take gradients inside it;
-            forward mode needs check_vma.
+            forward mode needs check_vma. What is on explicit axes of the same mesh is gathered.
         return_aux: also return an `Auxiliary`.
 
     Returns:
@@ -136,10 +136,10 @@ def linear_cross_entropy(
     precision = tuple(precision) if isinstance(precision, list) else precision
     if not isinstance(precision, Hashable):
         raise TypeError(f"precision must be one of jax.lax.Precision, a name of it, or a pair, got {precision!r}.")
+    tokens = None if isinstance(chunk, str) and chunk == "auto" else canonical_int("chunk", chunk, 1)
     how = How(
-        int(w_layout == "dv"), None if chunk == "auto" else canonical_int("chunk", chunk, 1), jnp.dtype(accum_dtype),
-        precision, static_axis_name(axis_name), bool(return_aux),
-    )  # fmt: skip
+        int(w_layout == "dv"), tokens, jnp.dtype(accum_dtype), precision, static_axis_name(axis_name), bool(return_aux)
+    )
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
     x, w, labels = require_array("x", x), require_array("w", w), require_array("labels", labels)
     bias, where, token_weight = (
@@ -196,8 +196,10 @@ def _on_mesh(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Ar
     # A mesh axis that splits the classes cannot split the tokens too.
     batch = [tuple(name for name in _names(entry) if name not in split) for entry in sharding.spec[:-1]]
     names = tuple(name for entry in batch for name in entry)
-    if not (split or names):
-        # What else may be divided, as the features, each device needs whole.
+    by_hand = AxisType.Manual in (sharding.mesh.axis_types or ())
+    if by_hand or how.axis_name is not None or not (split or names):
+        # What else may be divided, as the features, each device needs whole. And so it needs everything where it is in
+        # a `shard_map` over other axes: of one in another JAX cannot compile the derivative.
         return _loss(how, reduction, *jax.tree.map(_undivided, (x, w, tokens, bias, options)))
     mesh = sharding.mesh if names else jax.typeof(w).sharding.mesh
     by_class, by_token = P(split or None), P(*(entry or None for entry in batch))

@@ -1,5 +1,6 @@
 """What may be given, alike for all functions: promotion of ranks and dtypes, byte order, and the range of options."""
 
+import fractions
 import pickle
 import re
 from typing import Any
@@ -193,3 +194,22 @@ def test_features_that_float32_does_not_hold() -> None:
 def test_no_dtype_to_accumulate_in() -> None:
     with pytest.raises(TypeError, match="accum_dtype must be a float type, got None"):
         jaxact.linear_cross_entropy(X, W, Y, accum_dtype=None)
+
+
+def test_a_traced_option_that_is_complex_is_refused() -> None:
+    of_smoothing = jax.jit(lambda e: losses.sigmoid_binary_cross_entropy(X, X, label_smoothing=e))
+    of_gamma = jax.jit(lambda g: losses.sigmoid_focal_loss(X, X, gamma=g))
+    for f, name in ((of_smoothing, "label_smoothing"), (of_gamma, "gamma")):
+        with pytest.raises(TypeError, match=f"^{name} must be real, got dtype complex64"):
+            f(0.2 + 1j)
+
+
+def test_an_option_that_is_no_number_is_refused() -> None:
+    swapped = np.float32(2).astype(np.dtype("f4").newbyteorder())
+    for value in ([[1], [1, 2]], fractions.Fraction(1, 2), np.array(swapped, np.dtype("f4").newbyteorder())):
+        with pytest.raises(TypeError, match=r"^temperature must "):
+            jaxact.softmax(X, temperature=value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^chunk must be an int"):
+        jaxact.linear_cross_entropy(X, W, Y, chunk=np.array([1, 2]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^y must be an array or a number, got list"):
+        classifiers.cross_entropy(X, [0, 5, 2, 3])  # type: ignore[arg-type]

@@ -408,3 +408,18 @@ def test_an_error_in_a_rule_that_the_rule_calls_is_not_hidden(names: tuple[str, 
     with pytest.raises(TypeError, match="backward rule of 'slope'") as caught:
         nest(names, with_backward("f", lambda g: g, slope=with_backward("slope", lambda g: g * g)))(1.5)
     assert "backward rule of 'f'" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("of_argument", "of_cotangent"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_cotangent_of_another_float_dtype_than_the_argument(of_argument: str, of_cotangent: str) -> None:
+    # `jax.custom_vjp` takes it, and mixed precision has it: weights of 16 bits and gradients of 32.
+    @forward_mode
+    @jax.custom_vjp
+    def f(w: Any) -> Any:
+        return w.astype(jnp.float32) * 2
+
+    f.defvjp(lambda w: (f(w), None), lambda _, g: ((2 * g).astype(of_cotangent),))
+    w = jnp.asarray(3, of_argument)
+    assert jax.grad(f)(w) == 2
+    assert jax.jvp(f, (w,), (w,))[1] == 6
+    assert jax.grad(f)(w).dtype == w.dtype

@@ -366,3 +366,28 @@ def test_two_processes(reduction: str) -> None:
     """
     program = program.replace("REDUCTION", repr(reduction))
     agrees(*(start(connect.replace("PROCESS", str(i)), program) for i in range(2)))
+
+
+def test_by_hand_over_one_axis_of_an_explicit_mesh(on_eight_devices: Callable[..., str]) -> None:
+    # The classes over "model" with tokens on "data"; and the tokens over "data" with classes on "model".
+    program = """
+        def one(x, w, y, **options):
+            return head(x, w, y, chunk=16, **options)
+
+        want = jax.jit(jax.value_and_grad(one, (0, 1)))(X, W, Y)
+        explicit = mesh(AxisType.Explicit)
+        ways = [
+            (functools.partial(one, axis_name="model"), "model", (P(), P(None, "model"), P())),
+            (lambda *args: jax.lax.pmean(one(*args, ignore_index=None), "data"), "data", (P("data"), P(), P("data"))),
+        ]
+        with jax.set_mesh(explicit):
+            x, w, _, y, _ = put(explicit, ARRAYS)
+            for f, axis, specs in ways:
+                if axis == "data":
+                    y = abs(y) % V  # with as many tokens that count on each device
+                    want = jax.jit(jax.value_and_grad(one, (0, 1)))(X, W, abs(Y) % V)
+                f = jax.shard_map(f, mesh=explicit, in_specs=specs, out_specs=P(), axis_names={axis})
+                agree(jax.jit(jax.value_and_grad(f, (0, 1)))(x, w, y), want)
+        print("agreed")
+    """
+    assert on_eight_devices(program, COMMON).strip() == "agreed"

@@ -78,3 +78,41 @@ def test_class_weights_that_are_on_no_mesh(on_eight_devices: Callable[..., str])
         print("agreed")
     """
     assert on_eight_devices(program).strip() == "agreed"
+
+
+def test_class_weights_in_a_batch_that_is_divided(on_eight_devices: Callable[..., str]) -> None:
+    # `vmap` takes the divided axis from the type of the labels.
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
+        x, y, w = np.float32(np.random.default_rng(0).normal(size=(8, 4))), np.arange(8) % 4, jnp.arange(1.0, 5.0)
+        run = jax.jit(jax.vmap(jax.value_and_grad(lambda x, y: loss(x, y, class_weight=w))))
+        mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Explicit,))
+        with jax.set_mesh(mesh):
+            got = run(*(jax.device_put(a, NamedSharding(mesh, P("rows"))) for a in (x, y)))
+        for a, b in zip(got, run(x, y), strict=True):
+            np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6)  # sums in another order
+        print("agreed")
+    """
+    assert on_eight_devices(program).strip() == "agreed"
+
+
+def test_several_class_axes_of_which_the_last_is_divided(on_eight_devices: Callable[..., str]) -> None:
+    program = """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from jaxact import losses
+        x, y = np.float32(np.random.default_rng(0).normal(size=(4, 2, 8))), np.arange(4)
+        q = np.abs(x) / np.abs(x).sum((1, 2), keepdims=True)
+        soft = jax.jit(jax.value_and_grad(lambda x: losses.softmax_cross_entropy(x, q, (1, 2)).sum()))
+        hard = jax.jit(lambda x: losses.softmax_cross_entropy_with_integer_labels(x, y, (1, 2)))
+        mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=2 * (AxisType.Explicit,))
+        for run in (soft, hard):
+            with jax.set_mesh(mesh):
+                got = run(jax.device_put(x, NamedSharding(mesh, P("rows", None, "classes"))))
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run(x)), strict=True):
+                np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6)  # sums in another order
+        print("agreed")
+    """
+    assert on_eight_devices(program).strip() == "agreed"

@@ -85,7 +85,7 @@ def _binary_cross_entropy_of_any(
     x = masked(as_float("logits", logits), where, 0)
     y = label_probability(labels, x, where)
     if smoothing is not None:
-        share = jnp.asarray(smoothing, y.dtype)
+        share = as_float("label_smoothing", smoothing).astype(y.dtype)
         y = (1 - share) * y + share / 2
     weight = None if pos_weight is None else like_logits("pos_weight", pos_weight, x, where, 1)
     return masked(binary_cross_entropy(*alike(x, y, weight)), where, 0)

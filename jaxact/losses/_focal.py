@@ -76,7 +76,7 @@ def _focal_of_any(
     y = label_probability(labels, x, where)
     a = None if alpha is None else like_logits("alpha", alpha, x, where, 0)
     x, y, a = alike(x, y, a)
-    loss = _focal_loss(x, y, a, vary(jnp.asarray(gamma, y.dtype), varying(x)))
+    loss = _focal_loss(x, y, a, vary(as_float("gamma", gamma).astype(y.dtype), varying(x)))
     return masked(loss, where, 0)
 
 

@@ -172,7 +172,12 @@ def _rows(x: Array, where: ArrayLike | None, axis: Axis) -> tuple[Array, Array |
         live = canonical_mask(where, shape, "the rows (a mask of classes is given as `where[None]`)")
     else:
         x = masked(x, where, -math.inf, "logits")
-    return x.transpose(batch + axes).reshape(*shape, math.prod(x.shape[a] for a in axes)), live
+    x = x.transpose(batch + axes)
+    spec = jax.typeof(x).sharding.spec
+    if any(spec[len(batch) + 1 :]):  # JAX merges axes of which the first alone is divided
+        undivided = P(*spec[: len(batch) + 1], *[None] * (len(axes) - 1))
+        x = jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, undivided))
+    return x.reshape(*shape, math.prod(x.shape[len(batch) :])), live
 
 
 def softmax_cross_entropy(
