@@ -18,7 +18,8 @@ from jaxact.verify._report import REFUTED, VERIFIED, Check, apart, first_line
 ROWS = 4096
 # What one element of a row is replaced by, in turn; None for the arguments as they are.
 SPECIAL = (None, np.nan, np.inf, -np.inf)
-AS_GIVEN = slice(None, None, len(SPECIAL))
+AS_GIVEN = slice(None, None, 2 * len(SPECIAL))
+ELSEWHERE = slice(len(SPECIAL), None, 2 * len(SPECIAL))  # rows of other arguments: those as given are all the same
 DIFFERENT = 16 * len(SPECIAL)  # rows; the others are copies of them
 WORK = 2**24  # operations on single numbers that the batch may take: about a tenth of a second, and some 100 MB
 
@@ -26,8 +27,9 @@ WORK = 2**24  # operations on single numbers that the batch may take: about a te
 def in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[Check, str]:
     """Value, and products with `vectors` in each mode, under jit: of rows one after another, and of all under vmap.
 
-    Rows as given must be right within the bound. Of the others the oracle knows nothing; that the same elements of them
-    are nan or infinite is said of them, or which is not. It is no mistake of a rule if XLA loses a nan.
+    Rows as given must be right within the bound. Of others the oracle knows nothing: finite ones must be, to 1/64 of
+    the row's largest, what they are alone, and not what another row is. That the same elements of the rest are nan or
+    infinite is said of them, or which is not. It is no mistake of a rule if XLA loses a nan.
     """
     problem, turn = comparison.problem, np.arange(DIFFERENT) // len(SPECIAL)
     rows, places = _rows(problem, rng)
@@ -43,13 +45,18 @@ def in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray], rng: np.r
         got = _farthest(among, due)
         wrong = np.zeros(got.shape, bool)
         wrong[AS_GIVEN] = ~_right(comparison, what, directions[AS_GIVEN], got[AS_GIVEN])
+        wrong[ELSEWHERE] = _of_another_row(due[ELSEWHERE], got[ELSEWHERE])
         other = _kind(got) != _kind(due)
         if wrong.any() or (other.any() and not lost):
             row, i = divmod(int(np.argmax(wrong if wrong.any() else other)), got.shape[1])
             came, expected = apart(got[row, i], due[row, i])
             special = SPECIAL[row % len(SPECIAL)]
             where = f"element {i}" + ("" if special is None else f", where input {places[turn[row]]} is {special}")
-            right = wrong.any() and _right(comparison, what, directions[row : row + 1], due[row : row + 1])[0, i]
+            right = (
+                row in range(DIFFERENT)[AS_GIVEN]
+                and wrong.any()
+                and _right(comparison, what, directions[[row]], due[[row]])[0, i]
+            )
             alone = "alone, which is right" if right else "alone"
             lost = f"{_NAMES[what]} is {came} in {size}, {expected} {alone} ({where})"
             if wrong.any():
@@ -114,7 +121,15 @@ def _rows(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     for offset, special in enumerate(SPECIAL):
         if special is not None:
             rows[np.arange(offset, DIFFERENT, len(SPECIAL)), places] = special
+    rows[ELSEWHERE] *= 1 + rng.choice([-1.0, 1.0], rows[ELSEWHERE].shape) / 8
     return rows, places
+
+
+def _of_another_row(due: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """Which finite elements are not what they are alone, by far."""
+    with np.errstate(all="ignore"):
+        size = np.max(np.abs(due), axis=1, keepdims=True, initial=0, where=np.isfinite(due))
+        return np.isfinite(due) & np.isfinite(got) & (np.abs(got - due) > size / 64)
 
 
 def _alone_and_among(

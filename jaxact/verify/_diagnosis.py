@@ -1,5 +1,6 @@
 """From a wrong element to a sentence for the author, and to lines that show it."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jaxact.verify._compare import Verdicts, close
 from jaxact.verify._oracle import Oracle
 from jaxact.verify._primal import without_rules
-from jaxact.verify._problem import Problem, product_along, unravel
+from jaxact.verify._problem import Problem, Static, product_along, unravel
 from jaxact.verify._report import apart, as_code, name_of, off
 
 
@@ -97,8 +98,17 @@ def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, ver
     if oracle.layout.elementwise and _shows(problem, mode, i, vector[i], got, want):
         return witness_at(problem, mode, problem.x[i], vector[i], came, due)
     lines, shapes = _setup(problem), problem.vector_shapes(mode)
+    roles = problem.spec.roles
+    f, args = "f", "args"
+    if any(isinstance(role, Static) for role in roles):  # which JAX does not take as an argument
+        numbers = itertools.count()
+        leaves = [f"floats[{next(numbers)}]" if role == "float" else f"leaves[{k}]" for k, role in enumerate(roles)]
+        lines.append("leaves, tree = jax.tree.flatten(args)")
+        lines.append(f"of_floats = lambda *floats: f(*tree.unflatten([{', '.join(leaves)}]))")
+        f, args = "of_floats", f"[leaves[i] for i in {[k for k, role in enumerate(roles) if role == 'float']}]"
+        roles = tuple(role for role in roles if role == "float")
     parts = [_array_as_code(part[0]) for part in unravel(vector[None], shapes)]
-    as_is = "f(*args)" if mode == "reverse" else "args"
+    as_is = f"{f}(*{args})" if mode == "reverse" else args
     if None in parts:
         v = f"jax.tree.map(jnp.ones_like, {as_is})"
         lines.append("# seen with a random vector; with ones, other numbers:")
@@ -108,8 +118,9 @@ def witness(problem: Problem, oracle: Oracle, mode: str, vector: np.ndarray, ver
         v = f"jax.tree.unflatten(jax.tree.structure({as_is}), [{', '.join(map(str, parts))}])"
     leaf, place = _place(problem.in_shapes if mode == "reverse" else problem.out_shapes, i)
     if mode == "reverse":  # of integers too there is something there
-        leaf = [k for k, role in enumerate(problem.spec.roles) if role == "float"][leaf]
-    lines.append(f"product = jax.vjp(f, *args)[1]({v})" if mode == "reverse" else f"product = jax.jvp(f, args, {v})[1]")
+        leaf = [k for k, role in enumerate(roles) if role == "float"][leaf]
+    product = f"jax.vjp({f}, *{args})[1]({v})" if mode == "reverse" else f"jax.jvp({f}, {args}, {v})[1]"
+    lines.append(f"product = {product}")
     lines.append(f"jax.tree.leaves(product)[{leaf}].ravel()[{place}]  # {came}, should be {due}")
     return "\n".join(lines)
 
@@ -131,6 +142,8 @@ def _array_as_code(part: np.ndarray) -> str | None:
     dtype, places = part.dtype.name, np.argwhere(part)
     if part.ndim == 0:
         return f"jnp.{dtype}({float(part)!r})"
+    if not len(places):
+        return f"jnp.zeros({part.shape}, jnp.{dtype})"
     if len(places) == 1:
         place = ", ".join(map(str, places[0]))
         return f"jnp.zeros({part.shape}, jnp.{dtype}).at[{place}].set({float(part[tuple(places[0])])!r})"

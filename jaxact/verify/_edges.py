@@ -55,9 +55,12 @@ def swept_points(
 ) -> tuple[Check, str]:
     """`f` at the sweep, where the function is finite; and lines that show what is wrong."""
     here, bound = comparison.problem, comparison.bound
+    if here.loops:
+        return Check("edges", ABSENT, "f has a loop, which need not end elsewhere"), ""
     x = sweep(here.in_shapes[0][1])
+    order = rng.permutation(len(x))  # of sorted numbers even `sort` has a diagonal Jacobian
     try:
-        problem = _at(x, here)
+        problem = _at(x[order], here)
     except Exception as error:  # f may hold an array of the shape of its argument: labels, or a mask
         return Check("edges", ABSENT, f"f takes no array of shape {x.shape}: {first_line(error)}"), ""
     # At one point, or at special ones, the Jacobian of any function may be diagonal.
@@ -66,7 +69,7 @@ def swept_points(
     finite, count = np.isfinite(problem.value()), len(x)
     if not finite.any():
         return Check("edges", ABSENT, "f is finite nowhere in the sweep"), ""
-    x = x[finite]
+    x = x[np.sort(order[finite])]
     problem = _at(x, here)
     try:
         oracle = find_oracle(problem, reference, derivative, bound, rng, elementwise=True)

@@ -31,6 +31,7 @@ _REDUCTIONS: dict[str, tuple[Any, Any]] = {
     "reduce_or": (np.logical_or, False),
 }
 _CUMULATIVE: dict[str, Any] = {"cumsum": np.add, "cumprod": np.multiply}
+_STEPS = 256  # of a loop of unknown length; each takes as long as thousands in float64
 _LARGE = 10**7  # beyond this an exponential is infinite, or 0
 
 
@@ -77,9 +78,11 @@ def _step(equation: Any, inputs: list[Any], table: dict[str, Callable[..., Any]]
     if name == "while":
         c, b = params["cond_nconsts"], params["body_nconsts"]
         for_cond, for_body, carry = inputs[:c], inputs[c : c + b], inputs[c + b :]
-        while bool(run(params["cond_jaxpr"], [*for_cond, *carry])[0]):
+        for _ in range(_STEPS):
+            if not bool(run(params["cond_jaxpr"], [*for_cond, *carry])[0]):
+                return carry
             carry = run(params["body_jaxpr"], [*for_body, *carry])
-        return carry
+        raise NotSupported(f"a loop of more than {_STEPS} steps")
     if name == "cond":
         return run(params["branches"][int(np.clip(int(inputs[0]), 0, len(params["branches"]) - 1))], inputs[1:])
     if name == "platform_index":

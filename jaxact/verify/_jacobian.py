@@ -92,6 +92,8 @@ def exact(
     than `fewest`. To find it takes long. The source gives nan where the function has a kink or a jump.
     """
     program = _program(problem, f)
+    if not layout.elementwise and problem.n**2 > FULL:  # the pattern is found by so many numbers
+        return None
     if not layout.whole or program is None or 5 * fewest * _exact.work(program.jaxpr) > WORK:
         return None
     pattern = find_pattern()

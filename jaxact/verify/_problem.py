@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -73,8 +73,15 @@ class Problem:
                 "args must contain a float array or number, for there is no derivative with respect to others."
             )
         self.wide = any(x.dtype == np.float64 for x in self.floats)
-        with self.precision():
-            shapes = jax.eval_shape(lambda *floats: f(*self.spec.arguments(floats, self.others)), *self.floats)
+        try:
+            with self.precision():
+                shapes = jax.eval_shape(lambda *floats: f(*self.spec.arguments(floats, self.others)), *self.floats)
+        except Exception as error:
+            if any(isinstance(leaf, float) for leaf in leaves):
+                error.add_note(
+                    "Python floats among args are differentiated: for a constant, give functools.partial(f, ...)."
+                )
+            raise
         self._bare = {"forward": len(args) == 1 and jax.tree_util.all_leaves(args), "reverse": hasattr(shapes, "dtype")}
         out = [y for y in jax.tree.leaves(shapes) if _is_float(y)]
         self.out_shapes = [(y.shape, np.dtype(y.dtype)) for y in out]
@@ -140,6 +147,13 @@ class Problem:
                 return ravel_one(self.spec.of_floats(self.f, self.others)(*self.floats))
             return ravel_one(self.compiled(value_of, self.f, self.spec)(self.floats, self.others))
 
+    @functools.cached_property
+    def loops(self) -> bool:
+        """Whether `f` has a loop of which nobody knows how long it takes."""
+        with self.precision():
+            program = jax.make_jaxpr(self.spec.of_floats(self.f, self.others))(*self.floats)
+        return any(equation.primitive.name == "while" for equation in equations(program.jaxpr))
+
     def vector_shapes(self, mode: str) -> list[tuple[tuple[int, ...], np.dtype]]:
         """Of the cotangents that reverse mode takes, or of the tangents that forward mode takes."""
         return self.out_shapes if mode == "reverse" else self.in_shapes
@@ -176,9 +190,28 @@ class Problem:
                 return vector, ravel_one(got)[None]
             moved = enumerate(zip(self.floats, parts, strict=True))
             out = [jax.jvp(of_leaf(i), (leaf,), (tangent,))[1] for i, (leaf, tangent) in moved]
-        edges = np.cumsum([0, *(int(np.prod(shape)) for shape, _ in self.in_shapes)])
-        alone = [np.where((np.arange(self.n) >= a) & (np.arange(self.n) < b), vector[0], 0) for a, b in pairwise(edges)]
-        return np.stack(alone), np.stack([ravel_one(y) for y in out])
+        return _of_leaves(vector[0], self.in_shapes), np.stack([ravel_one(y) for y in out])
+
+    def of_each_result(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Products of reverse mode with one result differentiated at a time, and the vectors that they are with."""
+        flat = self.spec.of_floats(self.f, self.others)
+        with self.precision():
+            parts = [jax.device_put(part[0]) for part in unravel(vector, self.out_shapes)]
+            got = [jax.vjp(lambda *x, i=i: flat(*x)[i], *self.floats)[1](part) for i, part in enumerate(parts)]
+        return _of_leaves(vector[0], self.out_shapes), np.stack([ravel_one(x) for x in got])
+
+    def product_in_vector(self, mode: str, outer: str, vector: np.ndarray, along: np.ndarray) -> np.ndarray:
+        """The derivative of a product in its vector, in another mode: along a tangent, or of a cotangent."""
+        flat = self.spec.of_floats(self.f, self.others)
+        with self.precision():
+            start = tuple(part[0] for part in unravel(vector, self.vector_shapes(mode)))
+            shapes = self.vector_shapes(mode) if outer == "forward" else self.vector_shapes(_OTHER[mode])
+            moved = tuple(part[0] for part in unravel(along, shapes))
+
+            def product(*parts: Any) -> Leaves:
+                return product_along(flat, mode, self.floats, parts)
+
+            return ravel_one(product_along(product, outer, start, moved))[None]
 
     def primal_of(self, mode: str) -> np.ndarray:
         """The value that the rule's forward pass returns beside the derivative."""
@@ -189,6 +222,9 @@ class Problem:
                 return ravel_one(value)
             at_rest = tuple(jax.device_put(np.zeros(shape, dtype)) for shape, dtype in self.in_shapes)
             return ravel_one(jax.jvp(flat, self.floats, at_rest)[0])
+
+
+_OTHER = {"reverse": "forward", "forward": "reverse"}
 
 
 def _role(leaf: Any) -> Any:
@@ -212,6 +248,21 @@ def _array(leaf: Any) -> Array:
     # A NumPy array of float64 is meant as such, whether or not JAX is set to have float64.
     with jax.enable_x64(getattr(leaf, "dtype", None) == np.float64 or jax.config.read("jax_enable_x64")):
         return jnp.asarray(leaf)
+
+
+def _of_leaves(vector: np.ndarray, shapes: Any) -> np.ndarray:
+    """The vector for each leaf, with zeros for the others."""
+    edges, place = np.cumsum([0, *(int(np.prod(shape)) for shape, _ in shapes)]), np.arange(len(vector))
+    return np.stack([np.where((place >= a) & (place < b), vector, 0) for a, b in pairwise(edges)])
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of a jaxpr, and of what it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def unravel(vectors: np.ndarray, shapes: Any, dtype: Any = None) -> list[np.ndarray]:

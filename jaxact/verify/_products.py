@@ -1,11 +1,13 @@
 """Products in one mode, called in every way, held against the oracle; and those of both against each other."""
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from jaxact.verify import _diagnosis as diagnosis
 from jaxact.verify._compare import Comparison, Verdicts, close
+from jaxact.verify._contract import is_missing_mode
 from jaxact.verify._jacobian import FULL, products_by_autodiff
 from jaxact.verify._oracle import nearby
 from jaxact.verify._report import INCONCLUSIVE, REFUTED, UNKNOWN, VERIFIED, Findings, apart, counted, first_line, off
@@ -119,24 +121,54 @@ def _explain(
 
 
 def alone(comparison: Comparison, results: Results, findings: Findings) -> None:
-    """With one argument differentiated at a time: a rule may be told which are."""
+    """With one argument differentiated at a time, or one result: a rule may be told which are."""
     problem = comparison.problem
-    if len(problem.in_shapes) == 1 or not comparison.oracle.layout.whole:
+    if not comparison.oracle.layout.whole:
         return
-    for mode, (vectors, _) in results.items():
+    ways: dict[str, list[Any]] = {"argument": [], "result": []}
+    if len(problem.in_shapes) > 1:
+        ways["argument"] = [(mode, functools.partial(problem.one_by_one, mode)) for mode in results]
+    if len(problem.out_shapes) > 1 and "reverse" in results:
+        ways["result"] = [("reverse", problem.of_each_result)]
+    for what, those in ways.items():
+        for mode, products_of in those:
+            try:
+                vectors, got = products_of(results[mode][0][:1])
+                wrong = comparison.products(mode, vectors, got).wrong
+            except Exception as error:
+                detail = f"raises {type(error).__name__}: {first_line(error)}"
+            else:
+                if not wrong.any():
+                    continue
+                detail = f"is wrong in element {int(np.argmax(wrong.any(0)))}"
+            reason = f"with one {what} differentiated and the others not, {mode} mode {detail}"
+            findings.add(f"one {what}", REFUTED, f"{mode} mode {detail}", reason)
+            return
+        if those:
+            findings.add(f"one {what}", VERIFIED, "differentiated alone, each as with the others")
+
+
+def in_the_vector(
+    comparison: Comparison, mode: str, directions: int, rng: np.random.Generator
+) -> tuple[str, str] | None:
+    """What is wrong of the derivative of a product in its vector, in which it is linear: so the derivative is known.
+
+    Forward, it is the product with another vector; in reverse the product of the other mode.
+    """
+    problem, other = comparison.problem, "forward" if mode == "reverse" else "reverse"
+    start = _vectors(comparison, mode, directions, rng)[0][:1]
+    for outer, of in (("forward", mode), ("reverse", other)):
+        vectors = _vectors(comparison, of, directions, rng)[0][:1]
         try:
-            vectors, got = problem.one_by_one(mode, vectors[:1])
-            wrong = comparison.products(mode, vectors, got).wrong
+            got = problem.product_in_vector(mode, outer, start, vectors)
         except Exception as error:
-            detail = f"raises {type(error).__name__}: {first_line(error)}"
-        else:
-            if not wrong.any():
+            if is_missing_mode(error):
                 continue
-            detail = f"is wrong in element {int(np.argmax(wrong.any(0)))}"
-        reason = f"with one argument differentiated and the others not, {mode} mode {detail}"
-        findings.add("one argument", REFUTED, f"{mode} mode {detail}", reason)
-        return
-    findings.add("one argument", VERIFIED, "differentiated alone, each as with the others")
+            return f"{outer} over {mode} mode", f"raises {type(error).__name__}: {first_line(error)}"
+        wrong = comparison.products(of, vectors, got).wrong
+        if wrong.any():
+            return f"{outer} over {mode} mode", f"is wrong in element {int(np.argmax(wrong.any(0)))}"
+    return None
 
 
 def everywhere(
@@ -154,12 +186,12 @@ def everywhere(
         size = problem.vector_size(mode)
         v = problem.rounded(rng.normal(size=(1, size)), problem.vector_shapes(mode))
         vectors = np.concatenate([v, v * rng.choice([-1.0, 1.0], (8, size))])
-        moved = [nearby(problem.x, bound * problem.unit, rng) for _ in range(3)]
+        moved = nearby(problem.x, bound * problem.unit, rng)
         with np.errstate(all="ignore"):
             want, *signed = products_by_autodiff(problem, program, mode, vectors, problem.x)
             near = [products_by_autodiff(problem, program, mode, v, x)[0] for x in moved]
             most = np.sqrt(size * np.mean(np.square(signed), 0))
-            # Of eight and of three, which may be low.
+            # Of eight and of ten, which may be low.
             allowed = 4 * bound * problem.unit * most + 4 * np.max(np.abs(near - want), 0)
             allowed += 4 * problem.lost * (1 + np.abs(v).sum())
             got = problem.products(mode, "jit", v)[0]

@@ -15,7 +15,7 @@ from jaxact.verify._oracle import find_oracle
 from jaxact.verify._other_values import allowed, other_values, values_apart
 from jaxact.verify._power import power
 from jaxact.verify._problem import Problem
-from jaxact.verify._products import Results, adjoint, alone, everywhere, products
+from jaxact.verify._products import Results, adjoint, alone, everywhere, in_the_vector, products
 from jaxact.verify._reference import kind_of
 from jaxact.verify._report import (
     ABSENT,
@@ -87,6 +87,10 @@ class Session:
         if kind in ("f", "jax"):
             everywhere(comparison, self.reference if kind == "jax" else problem.f, self.modes, self.rng, findings)
         adjoint(comparison, results, self.directions, findings)
+        if findings.verdict == REFUTED and kind == "f" and problem.loops:
+            findings.reasons.append(
+                "if a loop of f ends before its limit, what f computes has another derivative: give derivative="
+            )
         seen = power(comparison, results, findings)
         if findings.verdict != REFUTED:
             self._edges()
@@ -112,7 +116,12 @@ class Session:
         return Report(subject, findings.verdict, checks, reasons, facts, findings.witness)
 
     def _residual_bytes(self) -> Any:
-        return residuals(self.f, *self.args).facts["bytes"] if "reverse" in self.modes else "no reverse mode"
+        if "reverse" not in self.modes:
+            return "no reverse mode"
+        try:
+            return residuals(self.f, *self.args).facts["bytes"]
+        except Exception as error:  # what has a reverse mode when called eagerly alone
+            return f"not known, since to trace reverse mode raises {type(error).__name__}"
 
     def _formal(self) -> bool:
         formal = check_contract(self.problem, leaks=False)
@@ -214,6 +223,11 @@ class Session:
             why = "of a second derivative there is no oracle where autodiff of what f computes is wrong"
             self.findings.add(name, INCONCLUSIVE, why, f"{why}; give derivative=, or reference=, in JAX")
             return
+        for each in self.modes:
+            if wrong := in_the_vector(self.comparison, each, self.directions, self.rng):
+                detail = f"{wrong[0]}, with respect to the vector, {wrong[1]}"
+                self.findings.add(name, REFUTED, detail, f"second derivative: {detail}")
+                return
         normal = self.rng.normal(size=(1, self.problem.vector_size(mode)))
         vector = self.problem.rounded(normal, self.problem.vector_shapes(mode))
         ours = diagnosis.derivative_along(self.problem, self.problem.f, mode, vector, None)
