@@ -46,9 +46,10 @@ def rule(
             other kernels than for them alone. Others of these rows have a nan or ±inf in them; where one is lost in the
             batch, a fact of the report says so, and the verdict remains.
         edges: for an elementwise function, where to check its first derivative besides: ... for a sweep of ±0 and all
-            magnitudes, without ±inf and nan, absent where `f` takes no array of another shape, is not elementwise
-            there or has a loop, which need not end there; a dict from input to derivative; or None. In the sweep a slope of nan is refuted, and at a kink one
-            beyond those beside it; where no more is known, the report says so, and the verdict remains.
+            magnitudes, without ±inf and nan, absent where `f` takes no array of another shape, is not elementwise there
+            or has a loop, which need not end there; a dict from input to derivative; or None. In the sweep a slope of
+            nan is refuted, and at a kink one beyond those beside it; where no more is known, the report says so, and
+            the verdict remains.
         directions: random directions beside the one-hot ones.
         seed: of the random numbers.
 
