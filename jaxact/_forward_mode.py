@@ -113,17 +113,16 @@ def _transpose_backward(f: jax.custom_vjp, bound: Callable[..., Any], primals: A
 
     # Without the integer results: inside `shard_map` their cotangents would have to say on which devices they differ.
     floats, vjp, out = jax.vjp(of_floats, values, has_aux=True)
-
-    typed = [jax.typeof(v) for v in values]
+    types = [jax.typeof(v) for v in values]
 
     # Under checkpoint, partial evaluation saves the rule's residuals and nothing computed from them. Its barriers
     # against common subexpressions are not wanted: sharing work between the two passes is what we hope for.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def backward(float_cotangents: list[Any]) -> Any:
         # `jax.custom_vjp` takes a cotangent of another float dtype than the argument's.
-        return jax.tree.map(
-            lambda c, v: c if c.dtype == v.dtype else c.astype(v.dtype), vjp(float_cotangents)[0], typed
-        )
+        return [
+            c if c.dtype == t.dtype else c.astype(t.dtype) for c, t in zip(vjp(float_cotangents)[0], types, strict=True)
+        ]
 
     transpose = jax.linear_transpose(backward, floats)
     try:

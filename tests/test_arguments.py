@@ -171,6 +171,7 @@ def test_the_classifiers_take_narrow_labels(dtype: str, label: int, classes: int
     np.testing.assert_allclose(loss, np.log(classes), rtol=4 * 2.0**-24)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("logits", [1, 2, 3])
 def test_a_label_that_no_class_has_is_nan_in_the_gradient_too(logits: int) -> None:
     z, y = jnp.ones((2, logits)), jnp.array([1, 3])

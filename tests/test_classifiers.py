@@ -95,6 +95,7 @@ def test_identity_does_not_depend_on_the_number_of_examples_or_features(examples
     assert_identical(train_twins(x, np.arange(examples) % 2, optimizer=optax.adam, steps=100))
 
 
+@pytest.mark.long
 def test_identity_survives_segments_another_key_and_progress() -> None:
     x, y = cancer()
     seen: list[int] = []

@@ -80,6 +80,7 @@ def test_names_are_of_the_subjects() -> None:
     assert bench.SECONDS.keys() == bench.IMPORTS.keys() == set(subjects.Shapes._fields)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", bench.NAMES)
 def test_peers_compute_the_same(name: str) -> None:
     subject = subjects.SUBJECTS[name]

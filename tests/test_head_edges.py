@@ -129,6 +129,7 @@ def test_ignore_index_that_the_labels_cannot_hold() -> None:
     assert head(X, np.tile(W, 20), labels.astype("uint8")) == head(X, np.tile(W, 20), labels)
 
 
+@pytest.mark.long
 @REDUCTIONS
 def test_vmap(reduction: str) -> None:
     xs, ws, ys = np.stack([X, X[::-1], 2 * X]), np.stack([W, W[:, ::-1], W / 2]), np.stack([Y, Y[::-1], 0 * Y])

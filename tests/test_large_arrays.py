@@ -136,6 +136,7 @@ def test_a_row_changes_no_other(name: str) -> None:
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rows", "padding"), [(500, 0), (500, 17), (4095, 17), (4096, 0), (4096, 17)])
 def test_special_values_in_many_rows(rows: int, padding: int) -> None:
     x = np.pad(TRIPLES[:rows], ((0, 0), (0, padding)), constant_values=-INF)  # as above
@@ -193,6 +194,7 @@ def test_more_classes_than_float32_can_count(ties: int) -> None:
 
 
 # On either side of where the sums need a shift: sums below 1 and above e⁶³; logarithms within 1 of 0; maxima about 256.
+@pytest.mark.long
 @pytest.mark.parametrize("offset", [0, -6.5, -7.4, -8, -9, -50, 40, 55.5, 56, 57, 70, 252.5, 300, -259.5, -1e4, 1e6])
 @pytest.mark.parametrize("shape", [(150, 1000), (100, 100), (4096, 50), (300, 10)])
 def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None:

@@ -220,6 +220,7 @@ def test_every_mode(reduction: str, x64: None) -> None:
         np.testing.assert_allclose(forward[name], reverse[name], rtol=1e-11, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.long
 def test_auxiliary(x64: None) -> None:
     given = POINT | {"return_aux": True, "reduction": "mean"}
     live, c = given["where"] & (given["labels"] != given["ignore_index"]), np.cos(np.arange(26)).reshape(2, 13)

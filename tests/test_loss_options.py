@@ -55,6 +55,7 @@ def test_options(labels: str, name: str, x64: None) -> None:
 
 
 # In float32, of so many classes that a gradient shares the exponentials of its loss: some thousand numbers, and more.
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(100, 40), (400, 100)])
 @pytest.mark.parametrize(
     "options",
@@ -111,6 +112,7 @@ def test_options_of_many_classes(options: dict[str, Any], shape: tuple[int, int]
     assert (abs(gradient[ordinary] - want) <= rounded * size * slope + 2.0**-126).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axis", [1, (2, 0), None])
 def test_axis_and_agreement_with_optax(axis: Any) -> None:
     x = np.random.default_rng(4).normal(size=(3, 4, 2)).astype(np.float32)
@@ -206,6 +208,7 @@ def test_errors_name_the_argument(f: Any, name: str, arguments: dict[str, Any], 
 # Derivatives in options, and options together with infinities.
 
 
+@pytest.mark.long
 def test_derivatives_in_options_where_rows_do_not_count(x64: None) -> None:
     x, y = np.concatenate([X, np.full((1, 5), NAN)]), np.append(Y, -100)
     live = y >= 0

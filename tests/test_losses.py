@@ -125,6 +125,7 @@ def test_focal_loss_beyond_what_the_rounding_of_x_changes(gamma: float, alpha: f
 total_and_slope = jax.jit(jax.value_and_grad(lambda x, y: integer_loss(x, y).sum()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scale", [1, 30])
 @pytest.mark.parametrize(
     ("classes", "dtype"),
@@ -280,6 +281,7 @@ def test_special_rows_change_no_other_of_many(rows: int, dtype: str) -> None:
         np.testing.assert_allclose(value[len(special) :], np.asarray(ordinary), rtol=16 * U)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(5000, 10), (4096, 100), (16, 40), (64, 8192)])
 @pytest.mark.parametrize("scale", [1, 10, 30, 100])
 def test_the_integer_loss_at_any_logit_scale(shape: tuple[int, int], scale: float) -> None:
@@ -298,6 +300,7 @@ def test_the_integer_loss_at_any_logit_scale(shape: tuple[int, int], scale: floa
 
 
 # Alone, in many rows, and in folds.
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(1, 4), (5000, 40), (3, 8192)])
 def test_the_least_number_is_a_logit_like_others(shape: tuple[int, int]) -> None:
     # Many use it to mask. A label there has a large loss, and not an infinite one; and of a row of nothing else, log n.

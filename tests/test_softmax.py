@@ -59,6 +59,7 @@ def test_one_class_above_many_that_are_equal(classes: int, rows: int, limit: int
         assert error.max() <= limit * 2.0**-24
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "room"), [("float32", 86), ("float64", 707)])
 @pytest.mark.parametrize(("count", "classes"), [(28, 28), (29, 29), (8, 2**15), (2**15, 2**15)])
 def test_many_classes_at_a_large_maximum(count: int, classes: int, dtype: str, room: int, x64: None) -> None:
@@ -75,6 +76,7 @@ def test_many_classes_at_a_large_maximum(count: int, classes: int, dtype: str, r
     np.testing.assert_allclose(np.asarray(jaxact.logsumexp(x, axis=1)), tops + math.log(count), rtol=bound)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("classes", [2, 3, 8, 20, 100])
 def test_a_maximum_of_any_size(classes: int, dtype: str, x64: None) -> None:

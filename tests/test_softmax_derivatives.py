@@ -57,6 +57,7 @@ def test_a_pullback_is_within_8_u_at_logit_scale_30(name: str, shape: tuple[int,
             assert (abs(got - want)[size > 2.0**-100] <= 8 * 2.0**-24 * size[size > 2.0**-100]).all(), (seed, g)
 
 
+@pytest.mark.long
 @BOTH
 @pytest.mark.parametrize("shape", [(1, 2), (50, 3), (200, 5), (250, 8), (100, 40), (5000, 100), (70_000, 8)])
 def test_a_derivative_along_a_product(name: str, shape: tuple[int, int]) -> None:

@@ -549,6 +549,7 @@ def test_given_edges() -> None:
     assert {c.name: c.verdict for c in report.checks}["edges"] == "absent"
 
 
+@pytest.mark.long
 def test_what_is_evaluated_in_mpmath_besides_numbers() -> None:
     x, n = np.array([-2.0, -0.5, 0.3, 1.0]), np.arange(1, 5, dtype=np.int32)
     assert plainly(lambda x, n: jnp.sin(x) * ((n + 1).astype(x.dtype) / (n + 2).astype(x.dtype)), x, n)

@@ -120,6 +120,7 @@ def test_a_loop_that_does_not_end_elsewhere() -> None:
     assert "f has a loop, which need not end elsewhere" in str(report)
 
 
+@pytest.mark.long
 def test_a_loop_that_ends_before_its_limit() -> None:
     def fixed_point(x: Any) -> Any:
         def far(last: Any) -> Any:

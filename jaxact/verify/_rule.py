@@ -43,8 +43,9 @@ def rule(
             added what inputs off by 8 u would change; in float64, where the oracle is in float64 too, 1024.
         transforms: under which to check beside plain calls: of "jit", "vmap", "remat". Under "vmap" the (co)tangents
             are a batch, alone and with `args`: with one array of these at a time, and with all, so many that XLA takes
-            other kernels than for them alone. Others of these rows have a nan or ±inf in them; where one is lost in the
-            batch, a fact of the report says so, and the verdict remains.
+            other kernels than for them alone. Others of these rows hold other numbers, and must come out as alone; or
+            have a nan or ±inf in them: where one is lost in the batch, a fact of the report says so, and the verdict
+            remains.
         edges: for an elementwise function, where to check its first derivative besides: ... for a sweep of ±0 and all
             magnitudes, without ±inf and nan, absent where `f` takes no array of another shape, is not elementwise there
             or has a loop, which need not end there; a dict from input to derivative; or None. In the sweep a slope of
