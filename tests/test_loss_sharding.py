@@ -63,39 +63,34 @@ def test_labels_that_are_divided_where_the_logits_are_constant(on_eight_devices:
     assert on_eight_devices(program).strip() == "agreed"
 
 
-def test_class_weights_that_are_on_no_mesh(on_eight_devices: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("of", "spec"),
+    [
+        (
+            "jax.grad(lambda x, y, w: loss(x, y, class_weight=w, label_smoothing=0.1).sum(), (0, 2))",
+            '"rows", "classes"',
+        ),
+        # `vmap` takes the divided axis from the type of the labels.
+        ("jax.vmap(jax.value_and_grad(lambda x, y, w: loss(x, y, class_weight=w)), (0, 0, None))", '"rows"'),
+    ],
+    ids=["sum", "batch"],
+)
+def test_class_weights_that_are_on_no_mesh(of: str, spec: str, on_eight_devices: Callable[..., str]) -> None:
     program = """
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
         x, y, w = np.float32(np.random.default_rng(0).normal(size=(8, 4))), np.arange(8) % 4, jnp.arange(1.0, 5.0)
-        run = jax.jit(jax.grad(lambda x, w: loss(x, y, class_weight=w, label_smoothing=0.1).sum(), (0, 1)))
+        run = jax.jit(OF)
         mesh = jax.make_mesh((2, 4), ("rows", "classes"), axis_types=2 * (AxisType.Explicit,))
         with jax.set_mesh(mesh):
-            got = run(jax.device_put(x, NamedSharding(mesh, P("rows", "classes"))), w)
-        for a, b in zip(got, run(x, w), strict=True):
+            put = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P(SPEC)), (y, P("rows")))]
+            got = run(*put, w)
+        for a, b in zip(got, run(x, y, w), strict=True):
             np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6)  # sums in another order
         print("agreed")
     """
-    assert on_eight_devices(program).strip() == "agreed"
-
-
-def test_class_weights_in_a_batch_that_is_divided(on_eight_devices: Callable[..., str]) -> None:
-    # `vmap` takes the divided axis from the type of the labels.
-    program = """
-        import jax, jax.numpy as jnp, numpy as np
-        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from jaxact.losses import softmax_cross_entropy_with_integer_labels as loss
-        x, y, w = np.float32(np.random.default_rng(0).normal(size=(8, 4))), np.arange(8) % 4, jnp.arange(1.0, 5.0)
-        run = jax.jit(jax.vmap(jax.value_and_grad(lambda x, y: loss(x, y, class_weight=w))))
-        mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Explicit,))
-        with jax.set_mesh(mesh):
-            got = run(*(jax.device_put(a, NamedSharding(mesh, P("rows"))) for a in (x, y)))
-        for a, b in zip(got, run(x, y), strict=True):
-            np.testing.assert_allclose(np.asarray(a), b, rtol=2e-6, atol=2e-6)  # sums in another order
-        print("agreed")
-    """
-    assert on_eight_devices(program).strip() == "agreed"
+    assert on_eight_devices(program.replace("OF", of).replace("SPEC", spec)).strip() == "agreed"
 
 
 def test_several_class_axes_of_which_the_last_is_divided(on_eight_devices: Callable[..., str]) -> None:

@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxact.verify import _exact
 from jaxact.verify._compare import Comparison, close
+from jaxact.verify._oracle import another
 from jaxact.verify._other_values import allowed
 from jaxact.verify._problem import Leaves, Problem, Spec, product_along, ravel, unravel
 from jaxact.verify._report import REFUTED, VERIFIED, Check, apart, first_line
@@ -27,9 +28,9 @@ WORK = 2**24  # operations on single numbers that the batch may take: about a te
 def in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[Check, str]:
     """Value, and products with `vectors` in each mode, under jit: of rows one after another, and of all under vmap.
 
-    Rows as given must be right within the bound. Of others the oracle knows nothing: finite ones must be, to 1/64 of
-    the row's largest, what they are alone, and not what another row is. That the same elements of the rest are nan or
-    infinite is said of them, or which is not. It is no mistake of a rule if XLA loses a nan.
+    Rows as given must be right within the bound. Of others the oracle knows nothing: those of other arguments must be
+    what they are alone, and not what another row is. That the same elements of the rest are nan or infinite is said of
+    them, or which is not. It is no mistake of a rule if XLA loses a nan.
     """
     problem, turn = comparison.problem, np.arange(DIFFERENT) // len(SPECIAL)
     rows, places = _rows(problem, rng)
@@ -45,7 +46,7 @@ def in_a_batch(comparison: Comparison, vectors: dict[str, np.ndarray], rng: np.r
         got = _farthest(among, due)
         wrong = np.zeros(got.shape, bool)
         wrong[AS_GIVEN] = ~_right(comparison, what, directions[AS_GIVEN], got[AS_GIVEN])
-        wrong[ELSEWHERE] = _of_another_row(due[ELSEWHERE], got[ELSEWHERE])
+        wrong[ELSEWHERE] = [another(*pair, problem) for pair in zip(got[ELSEWHERE], due[ELSEWHERE], strict=True)]
         other = _kind(got) != _kind(due)
         if wrong.any() or (other.any() and not lost):
             row, i = divmod(int(np.argmax(wrong if wrong.any() else other)), got.shape[1])
@@ -123,13 +124,6 @@ def _rows(problem: Problem, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
             rows[np.arange(offset, DIFFERENT, len(SPECIAL)), places] = special
     rows[ELSEWHERE] *= 1 + rng.choice([-1.0, 1.0], rows[ELSEWHERE].shape) / 8
     return rows, places
-
-
-def _of_another_row(due: np.ndarray, got: np.ndarray) -> np.ndarray:
-    """Which finite elements are not what they are alone, by far."""
-    with np.errstate(all="ignore"):
-        size = np.max(np.abs(due), axis=1, keepdims=True, initial=0, where=np.isfinite(due))
-        return np.isfinite(due) & np.isfinite(got) & (np.abs(got - due) > size / 64)
 
 
 def _alone_and_among(

@@ -26,7 +26,8 @@ from jaxact.verify._jacobian import (
     products_by_autodiff,
     slope_in_mpmath,
 )
-from jaxact.verify._problem import Problem, equations
+from jaxact.verify._primal import equations
+from jaxact.verify._problem import Problem
 from jaxact.verify._reference import Values, jax_values, kind_of, numpy_values
 from jaxact.verify._report import name_of
 
@@ -119,7 +120,7 @@ def _find_oracle(
         return dataclasses.replace(oracle, autodiff=kind == "mpmath" or _agree(by_autodiff, problem, oracle.jacobian))
     found, value = _of_program(problem, reference, kind, program, layout, source, bound, moved, rng)
     # In float64 a program may compute something else, as by an eps or by random numbers of another dtype.
-    other = np.zeros(problem.m, bool) if kind != "f" or value is None else _another(problem.value(), value, problem)
+    other = np.zeros(problem.m, bool) if kind != "f" or value is None else another(problem.value(), value, problem)
     if not other.any():
         return found
     # What is large shows it, and what is small may be something else too. Not so in a sweep of all magnitudes, where an
@@ -192,7 +193,7 @@ def _rounding(problem: Problem, program: Any, layout: Layout, jacobian: Jacobian
     return doubted
 
 
-def _another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarray:
+def another(narrow: np.ndarray, wide: np.ndarray, problem: Problem) -> np.ndarray:
     """Which outputs differ by more than an inaccurate f might: 1/64 of the largest, 32 units, or what is lost."""
     with np.errstate(all="ignore"):
         apart, size = np.abs(narrow - wide), np.maximum(np.abs(narrow), np.abs(wide))

@@ -1,7 +1,7 @@
 """A function without its custom derivative rules, so that autodiff differentiates what it computes."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,3 +117,12 @@ def _has_rule(jaxpr: Any) -> bool:
         return hasattr(parameter, "eqns") and _has_rule(parameter)
 
     return any(e.primitive.name.startswith("custom_") or any(map(inner, e.params.values())) for e in jaxpr.eqns)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of a jaxpr, and of what it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

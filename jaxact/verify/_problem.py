@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from jax import Array, lax
 
-from jaxact.verify._primal import perturbed, without_rules
+from jaxact.verify._primal import equations, perturbed, without_rules
 
 Leaves = tuple[Array, ...]
 
@@ -200,13 +200,12 @@ class Problem:
             got = [jax.vjp(lambda *x, i=i: flat(*x)[i], *self.floats)[1](part) for i, part in enumerate(parts)]
         return _of_leaves(vector[0], self.out_shapes), np.stack([ravel_one(x) for x in got])
 
-    def product_in_vector(self, mode: str, outer: str, vector: np.ndarray, along: np.ndarray) -> np.ndarray:
-        """The derivative of a product in its vector, in another mode: along a tangent, or of a cotangent."""
+    def product_in_vector(self, mode: str, outer: str, vector: np.ndarray, along: np.ndarray, of: str) -> np.ndarray:
+        """The derivative of a product in its vector, along one of those that the mode `of` takes."""
         flat = self.spec.of_floats(self.f, self.others)
         with self.precision():
             start = tuple(part[0] for part in unravel(vector, self.vector_shapes(mode)))
-            shapes = self.vector_shapes(mode) if outer == "forward" else self.vector_shapes(_OTHER[mode])
-            moved = tuple(part[0] for part in unravel(along, shapes))
+            moved = tuple(part[0] for part in unravel(along, self.vector_shapes(of)))
 
             def product(*parts: Any) -> Leaves:
                 return product_along(flat, mode, self.floats, parts)
@@ -222,9 +221,6 @@ class Problem:
                 return ravel_one(value)
             at_rest = tuple(jax.device_put(np.zeros(shape, dtype)) for shape, dtype in self.in_shapes)
             return ravel_one(jax.jvp(flat, self.floats, at_rest)[0])
-
-
-_OTHER = {"reverse": "forward", "forward": "reverse"}
 
 
 def _role(leaf: Any) -> Any:
@@ -254,15 +250,6 @@ def _of_leaves(vector: np.ndarray, shapes: Any) -> np.ndarray:
     """The vector for each leaf, with zeros for the others."""
     edges, place = np.cumsum([0, *(int(np.prod(shape)) for shape, _ in shapes)]), np.arange(len(vector))
     return np.stack([np.where((place >= a) & (place < b), vector, 0) for a, b in pairwise(edges)])
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Those of a jaxpr, and of what it calls."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def unravel(vectors: np.ndarray, shapes: Any, dtype: Any = None) -> list[np.ndarray]:

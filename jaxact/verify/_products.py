@@ -160,7 +160,7 @@ def in_the_vector(
     for outer, of in (("forward", mode), ("reverse", other)):
         vectors = _vectors(comparison, of, directions, rng)[0][:1]
         try:
-            got = problem.product_in_vector(mode, outer, start, vectors)
+            got = problem.product_in_vector(mode, outer, start, vectors, of)
         except Exception as error:
             if is_missing_mode(error):
                 continue
