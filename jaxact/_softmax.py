@@ -26,8 +26,8 @@ from jaxact._canonical import (
 from jaxact._classes import vary, varying
 from jaxact._exponentials import exponentials, scaled_exponentials, shift_about
 from jaxact._forward_mode import forward_mode
-from jaxact._jacobian import certain, divided_by_total, over_total, times_jacobian
-from jaxact._limits import at_most, finite
+from jaxact._jacobian import over_total, times_jacobian
+from jaxact._limits import finite
 from jaxact._reductions import (
     Axes,
     at_once,
@@ -108,7 +108,6 @@ def _softmax(x: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
     """Softmax over the axes. Our own exponential takes less time than XLA's, but not in what is then `summed`."""
     if t is None and class_count(x, axis) == 1:
         return _of_one_class(x)
-    divides = _divides(x, t, axis, summed)
     peak = finite(widen(maximum(x, axis)))
     if not summed and _by_own_exponential(x, t, axis):
         e, _ = scaled_exponentials(widen(x), peak, axis)
@@ -116,7 +115,7 @@ def _softmax(x: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
     else:
         e = exponentials(widen(x), shift_about(peak, t, class_count(x, axis)), t, axis)
         total = sum_over(e, axis)
-    return (divided_by_total if divides else over_total)(e, total, axis).astype(x.dtype)
+    return over_total(e, total, axis).astype(x.dtype)
 
 
 def _by_own_exponential(x: Array, t: Array | None, axis: Axes) -> bool:
@@ -140,19 +139,6 @@ def _of_one_class(x: Array) -> Array:
     return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
 
 
-def _divides(x: Array, t: Array | None, axis: Axes, summed: bool) -> bool:
-    """Whether what takes everything is exactly 1, by a division. Its time is won back where none need be `certain`."""
-    if at_once(x, axis) and not few(x):
-        # Of few classes the value has it for little. In one kernel it takes less time than `certain`.
-        return class_by_class(x, axis) != summed
-    return t is not None or summed or size(x) < 2**17
-
-
-def _certain(y: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
-    """Probabilities for a derivative, of which what takes everything is 1."""
-    return y if _divides(y, t, axis, summed) else certain(y)
-
-
 def _softmax_fwd(x: Array, t: Array | None, axis: Axes, summed: bool) -> Any:
     y = _softmax(x, t, axis, summed)
     # Of a probability below 6e-5 float16 keeps fewer digits, and below 3e-8 none; but its cotangent may be large.
@@ -163,7 +149,7 @@ def _softmax_bwd(axis: Axes, summed: bool, residuals: Any, g: Array) -> Any:
     kept, t = residuals
     dtype = kept.dtype
     y = _softmax(widen(kept), t, axis, summed) if dtype == jnp.float16 else widen(kept)
-    return _cotangents(_certain(y, t, axis, summed), t, g, axis, dtype)
+    return _cotangents(y, t, g, axis, dtype)
 
 
 def _cotangents(y: Array, t: Array | None, g: Array, axis: Axes, dtype: Any) -> tuple[Array, Array | None]:
@@ -184,9 +170,9 @@ def _cotangents(y: Array, t: Array | None, g: Array, axis: Axes, dtype: Any) -> 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
-def certain_softmax(x: Array, t: Array | None, axis: Axes) -> Array:
-    """Softmax for sums in a derivative: what takes everything is 1."""
-    return _certain(_softmax(x, t, axis, True), t, axis, True)
+def summed_softmax(x: Array, t: Array | None, axis: Axes) -> Array:
+    """Softmax for sums in a derivative."""
+    return _softmax(x, t, axis, True)
 
 
 @forward_mode
@@ -198,12 +184,12 @@ def softmax_of_sums(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Call
     # Behind a barrier, XLA computes the exponentials again and does not keep them from where the sums were found.
     shift, total = lax.optimization_barrier((shift_about(sums.peak, t, class_count(x, axis)), sums.total))
     e = exponentials(x, shift, t, axis, exp)
-    return over_total(at_most(spread(total, axis), e), total, axis)
+    return over_total(e, total, axis)
 
 
 def _softmax_of_sums_fwd(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Callable[[Array], Array]) -> Any:
     y = softmax_of_sums(x, t, sums, axis, exp)
-    return y, (certain(y), t)
+    return y, (y, t)
 
 
 def _softmax_of_sums_bwd(axis: Axes, exp: Callable[[Array], Array], residuals: Any, g: Array) -> Any:
