@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 import jaxact
 from jaxact._cli import (
@@ -134,6 +137,20 @@ def test_a_run_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert said in capsys.readouterr().out
     text = (tmp_path / "second" / "bench.md").read_text(encoding="utf-8")
     assert text.index("## Since bench.json") < text.index("| 1.00 ±0.00 | 1.50 ±0.00 | 1.50 |") < text.index(said)
+
+
+@pytest.mark.parametrize("width", [80, 118])
+def test_the_table_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [made_up(99.99, shape=(128, 131072)), made_up(99.99, what="value+gradient", shape=(128, 131072))]
+    monkeypatch.setattr(measure, "cells", lambda *_: made)
+    printed = io.StringIO()
+    console = Console(file=printed, force_terminal=True, width=width, color_system=None)
+    tasks: list[bench.Task] = [("sigmoid", subjects.SUBJECTS["sigmoid"], "bfloat16", (128, 131072))]
+    with Progress(console=console, disable=True) as bar:
+        assert list(bench._rows(tasks, 0, bar, bar.add_task(""), console)) == [made]
+    lines = printed.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert ("kept" in lines[-3]) == (width >= 118)
 
 
 def test_ratios_are_paired() -> None:

@@ -28,6 +28,7 @@ NAMES = (
 SECONDS = {"quick": 0.1, "full": 0.3}  # of a comparison: the slowest take longer
 IMPORTS = {"quick": 3, "full": 9}
 WIDTHS = (-8, -14, 12, 5, 12, 5, 11, 11, 11, 9)  # of the columns: 118 with the spaces between
+NARROW = (0, 1, 2, 4, 6, 9)  # the columns that a narrow terminal shows: 78
 CHANGE_WIDTHS = (12, 12, 7, -8, -14, -5, -14, -1)  # what is as long as it likes comes last
 
 
@@ -127,14 +128,24 @@ def _rows(tasks: list[Task], seconds: float, bar: "Progress", doing: Any, consol
     from jaxact._cli._bench_measure import cells
     from jaxact._cli._bench_report import COLUMNS, row
 
-    console.print(_line(COLUMNS, WIDTHS), soft_wrap=True)
+    # To a file or a pipe it is as wide as it is.
+    narrow = console.is_terminal and console.width < len(_line(COLUMNS, WIDTHS))
+
+    def line(texts: tuple[str, ...]) -> str:
+        shown = NARROW if narrow else range(len(texts))
+        return _line(tuple(texts[i] for i in shown), tuple(WIDTHS[i] for i in shown))
+
+    if narrow:
+        left_out = ", ".join(dict.fromkeys(name for i, name in enumerate(COLUMNS) if i not in NARROW))
+        console.print(f"The terminal is narrow: {left_out} are in the files alone.", soft_wrap=True)
+    console.print(line(COLUMNS), soft_wrap=True)
     heading = ""
     for name, subject, dtype, shape in tasks:
         bar.update(doing, description=name)
         found = cells(name, subject, dtype, shape, seconds)
         if heading != (heading := f"{name}, beside {subject.peer_name}"):
             console.print(heading, style="bold", soft_wrap=True)
-        console.print(_line(row(found), WIDTHS), soft_wrap=True)
+        console.print(line(row(found)), soft_wrap=True)
         bar.advance(doing)
         yield found
 
