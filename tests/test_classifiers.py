@@ -1,6 +1,7 @@
 """Twins: the two classifiers are one model, bit for bit; and what is needed for that is needed."""
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -245,6 +246,12 @@ def test_bad_input_is_named(x: Any, y: Any, options: dict[str, Any], message: st
 def test_bad_types_are_named(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} must (be|return)"):
         train_twins(GOOD, np.array([0, 1, 1]), **{name: value})
+
+
+def test_optax_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optax", None)
+    with pytest.raises(ImportError, match=r"^train_twins needs optax, which comes with: pip install 'jaxact\[demo\]'"):
+        train_twins(np.zeros((2, 1)), np.array([0, 1]))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32"])

@@ -113,6 +113,7 @@ def train_twins(
         ValueError: if `x` or `y` has the wrong shape or dtype, no rows, nan or infinite features, labels other than 0
             and 1 or only one of them; if `steps` < 1, or `learning_rate` or `weight_decay` is out of range.
         TypeError: if an argument is not of the type above.
+        ImportError: if optax, which comes with the `demo` extra, is not installed.
 
     Example:
         >>> import numpy as np
@@ -135,7 +136,10 @@ def train_twins(
             raise TypeError(f"{name} must be a function, got {function!r}.")
     if not (key is None or isinstance(key, jax.Array)):
         raise TypeError(f"key must be one of jax.random.key, got {key!r}.")
-    import optax  # here, so that the classifiers can be used without it
+    try:
+        import optax  # here, so that the classifiers can be used without it
+    except ImportError:
+        raise ImportError("train_twins needs optax, which comes with: pip install 'jaxact[demo]'.") from None
 
     def transformation(rate: float, decay: float) -> Any:
         update = (optimizer or optax.sgd)(rate)
