@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, assert_type
 
 import jax
 import jax.numpy as jnp
@@ -265,3 +265,10 @@ def test_the_weighted_rule_is_the_derivative_of_what_it_computes() -> None:
     b = jnp.array([[1, 2, 0.5, 1, 1], [0.5, -0.25, 2, 1, 3], [1, 1, 0, 3, 0.5]], jnp.float32)
     report = verify.rule(lambda a, b: jaxact.logsumexp(a, -1, b), a, b, transforms=("jit",))
     assert report, str(report)
+
+
+def test_the_types_are_those_that_return_sign_asks_for() -> None:
+    a = jnp.array([0.0, -20.0])
+    assert isinstance(assert_type(jaxact.logsumexp(a, 0), jax.Array), jax.Array)  # held by the type checker as well
+    out, sign = assert_type(jaxact.logsumexp(a, return_sign=True), tuple[jax.Array, jax.Array])
+    assert (out.shape, sign.tolist()) == ((), 1)
