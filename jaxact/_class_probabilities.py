@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxact._classes import Classes
 from jaxact._elementary import exp
 from jaxact._forward_mode import forward_mode
-from jaxact._jacobian import over_total, times_jacobian
+from jaxact._jacobian import certain, over_total, times_jacobian
 from jaxact._label_sums import at_labels, others_exponentials
 from jaxact._limits import finite
 from jaxact._row_sums import Total, below, but_maximum
@@ -33,7 +33,7 @@ def _probabilities_fwd(classes: Classes, z: Array, total: Total) -> tuple[Array,
 
 
 def _probabilities_bwd(classes: Classes, p: Array, g: Array) -> tuple[Array, None]:
-    return times_jacobian(p, g, (p.ndim - 1,), classes.sum), None
+    return times_jacobian(certain(p), g, (p.ndim - 1,), classes.sum), None
 
 
 probabilities.defvjp(_probabilities_fwd, _probabilities_bwd)
@@ -55,7 +55,7 @@ def _others_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any
     z, y, total = residuals
     g = at_labels(lax.scatter, g, y, jnp.zeros_like(total.sum))
     p = softmax_of_shared(z, Total(*(a[..., 0] for a in total)), (z.ndim - 1,))
-    return times_jacobian(p, g, (p.ndim - 1,), classes.sum), None, None
+    return times_jacobian(certain(p), g, (p.ndim - 1,), classes.sum), None, None
 
 
 others_probabilities.defvjp(_others_probabilities_fwd, _others_probabilities_bwd)

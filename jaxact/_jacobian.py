@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -9,19 +10,28 @@ from jaxact._reductions import Axes, class_by_class, on_cpu, size, spread
 
 
 def over_total(e: Array, total: Array, axis: Axes) -> Array:
-    """Exponentials divided by their `total`; 0 where no class is left, and 1 where nothing is left to the others.
-
-    To subtract a mean twice, as below, leaves ε² of the largest entry where its probability is 1 − ε instead of 1, and
-    that can exceed the small entries.
-    """
+    """Exponentials divided by their `total`; 0 where no class is left, and 1 where nothing is left to the others."""
     # What is divided by one number for each row XLA multiplies by 1/total, and e·(1/e) may be less than 1: hence the
     # maximum. (The total second, as in `at_most`: a nan reaches its row through it.) What is added is lost in any other
     # sum: that is at least the `factor` of a `Shift`.
     return e / jnp.maximum(e, spread(total + 2.0**-100, axis))
 
 
+@jax.custom_jvp
+def certain(y: Array) -> Array:
+    """`y`, with 1 for a probability within 2 ulp of 1, where the total was of exponentials that were rounded otherwise.
+
+    To subtract a mean twice leaves ε² of the largest entry where its probability is 1 − ε instead of 1, and that can
+    exceed the small entries. Derivatives pass through unchanged.
+    """
+    return jnp.maximum(y, jnp.floor(y + 2 * float(jnp.finfo(y.dtype).eps)))
+
+
+certain.defjvp(lambda primals, tangents: (certain(*primals), *tangents))
+
+
 def times_jacobian(y: Array, g: Array, axis: Axes, row_sum: Callable[[Array], Array]) -> Array:
-    """The product of the Jacobian of softmax, where it is `y`, with a tangent or cotangent."""
+    """The product of the Jacobian of softmax, where it is `y`, with a tangent or cotangent. `y` should be `certain`."""
     # The Jacobian is diag(y) − y yᵀ = Pᵀ diag(y) P with P u = u − ⟨u, y⟩. Where one probability is near 1, subtracting
     # the mean first leaves that entry small, so that nothing large cancels in the second subtraction. The product is
     # symmetric, as the Jacobian is: transposed for forward mode it is the same steps, from the last to the first.

@@ -13,7 +13,16 @@ from jax.typing import ArrayLike
 from jaxact._canonical import as_float, broadcast, canonical_int, canonical_mask, optional_array, require_array, wider
 from jaxact._chunk import How, Operands, Tokens
 from jaxact._chunks import attached, sweep, weighted, weighted_total
-from jaxact._classes import AxisName, at_index, integer_labels, label_index, not_ignored, static_axis_name
+from jaxact._classes import (
+    AxisName,
+    at_index,
+    integer_labels,
+    label_index,
+    not_ignored,
+    static_axis_name,
+    vary,
+    varying,
+)
 from jaxact._options import Options
 
 
@@ -234,7 +243,10 @@ def _names(entry: Any) -> tuple[Any, ...]:
 
 
 def _loss(how: How, reduction: str, x: Array, w: Array, tokens: Any, bias: Array | None, options: Options) -> Any:
-    labels, live, weight = tokens
+    # What differs between devices, by hand, makes each token's loss differ, and so the cotangent of its weight. But not
+    # a part of the classes: over these it is summed.
+    axes = frozenset[Any]().union(*map(varying, jax.tree.leaves((x, w, tokens, bias, options))))
+    labels, live, weight = (vary(a, axes - {*_names(how.axis_name)}) for a in tokens)
     shape, dtype = labels.shape, weight.dtype
     labels, live, weight = labels.ravel(), live.ravel(), weight.ravel()
     y, exists = label_index(labels, w.shape[how.class_axis], how.axis_name)

@@ -16,7 +16,7 @@ from jax import Array
 
 from jaxact._exponentials import scaled_exponentials
 from jaxact._forward_mode import forward_mode
-from jaxact._jacobian import over_total, times_jacobian
+from jaxact._jacobian import certain, over_total, times_jacobian
 from jaxact._limits import finite
 from jaxact._reductions import Axes, class_by_class, few, maximum, on_cpu, size, small, spread, sum_over
 from jaxact._row_sums import RowSums, Total, if_dominated, undominated, written_sum
@@ -53,7 +53,7 @@ def _softmax_of_shared_fwd(x: Array, total: Total, axis: Axes) -> tuple[Array, A
 
 
 def _softmax_of_shared_bwd(axis: Axes, y: Array, g: Array) -> tuple[Array, None]:
-    return times_jacobian(y, g, axis, lambda a: spread(sum_over(a, axis), axis)), None
+    return times_jacobian(certain(y), g, axis, lambda a: spread(sum_over(a, axis), axis)), None
 
 
 softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)

@@ -26,7 +26,7 @@ from jaxact._canonical import (
 from jaxact._classes import vary, varying
 from jaxact._exponentials import exponentials, scaled_exponentials, shift_about
 from jaxact._forward_mode import forward_mode
-from jaxact._jacobian import over_total, times_jacobian
+from jaxact._jacobian import certain, over_total, times_jacobian
 from jaxact._limits import finite
 from jaxact._reductions import (
     Axes,
@@ -189,7 +189,7 @@ def softmax_of_sums(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Call
 
 def _softmax_of_sums_fwd(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Callable[[Array], Array]) -> Any:
     y = softmax_of_sums(x, t, sums, axis, exp)
-    return y, (y, t)
+    return y, (certain(y), t)
 
 
 def _softmax_of_sums_bwd(axis: Axes, exp: Callable[[Array], Array], residuals: Any, g: Array) -> Any:

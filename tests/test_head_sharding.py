@@ -7,7 +7,13 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
+
+from jaxact import linear_cross_entropy
 
 COMMON = """
     import collections, functools, re, sys
@@ -391,3 +397,26 @@ def test_by_hand_over_one_axis_of_an_explicit_mesh(on_eight_devices: Callable[..
         print("agreed")
     """
     assert on_eight_devices(program, COMMON).strip() == "agreed"
+
+
+@pytest.mark.parametrize("differs", ["x", "w"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_labels_that_are_the_same_where_something_else_is_not(differs: str, reduction: Any) -> None:
+    # One device is enough: that something differs is a matter of types.
+    x, w, y = np.eye(6, 4, dtype=np.float32), np.arange(20, dtype=np.float32).reshape(4, 5) / 8, np.arange(6) % 5
+
+    def loss(x: Any, w: Any) -> Any:
+        value, aux = linear_cross_entropy(x, w, y, reduction=reduction, return_aux=True)
+        return value.sum() + aux.entropy.sum()
+
+    of_both = jax.value_and_grad(loss, (0, 1))
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(AxisType.Auto,))
+    specs = P("m") if differs == "x" else P(), P("m") if differs == "w" else P()
+
+    def here(x: Any, w: Any) -> Any:
+        value, gradients = of_both(x, w)
+        return lax.psum(value, "m"), gradients
+
+    divided = jax.jit(jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=(P(), specs)))
+    for got, want in zip(jax.tree.leaves(divided(x, w)), jax.tree.leaves(of_both(x, w)), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-6)  # of two programs, a few ulp

@@ -13,6 +13,7 @@ from oracles import worst_ulp
 from softmax_oracle import exact_product, exact_value, logits, parts
 
 import jaxact
+from jaxact import losses
 
 BOTH = pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 NARROW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -148,6 +149,35 @@ def test_hessians_of_softmax_in_every_nesting_of_modes(scale: float | str) -> No
             for inner in (jax.jacfwd, jax.jacrev):
                 got = np.asarray(hessian(outer, inner)(x, g), np.float64)
                 assert (abs(got - want) <= 32 * 2**-24 * bound + 8 * LOST["float32"]).all(), (x, got, want)
+
+
+SECOND = {
+    "logsumexp": lambda x, y: jaxact.logsumexp(x, -1),
+    "integer labels": losses.softmax_cross_entropy_with_integer_labels,
+    "soft labels": lambda x, y: losses.softmax_cross_entropy(x, jax.nn.one_hot(y, x.shape[-1])),
+    "head": lambda x, y: jaxact.linear_cross_entropy(x, jnp.eye(x.shape[-1]), y, reduction="none"),
+}
+
+
+# Numbers of rows and classes for which the total is found in different ways.
+@pytest.mark.parametrize("shape", [(64, 40), (1024, 3), (40, 300)])
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_derivative_at_a_class_that_takes_everything(name: str, shape: tuple[int, int]) -> None:
+    # With o the sum of the others' e^{x − m}, ∂²f/∂m² = o/(1 + o)², some 1e-20. It is ε² where the probability is not
+    # 1 but 1 − ε. Tolerance: 40 u, for ten roundings of each of two factors; with an identity for w, 34 are measured.
+    x = np.zeros(shape, np.float32)
+    x[:, 0] = np.random.default_rng(0).uniform(0, 20, shape[0])
+    x[:, 1:] = x[:, :1] - 50
+    others = (shape[1] - 1) * np.exp(x[:, 1].astype(float) - x[:, 0])
+    v = np.zeros_like(x)
+    v[:, 0] = 1
+    labels = np.ones(shape[0], int)
+
+    @jax.jit
+    def along(x: Any) -> Any:
+        return jax.jvp(jax.grad(lambda x: SECOND[name](x, labels).sum()), (x,), (v,))[1]
+
+    np.testing.assert_allclose(np.asarray(along(x))[:, 0], others / (1 + others) ** 2, rtol=40 * UNIT["float32"])
 
 
 @pytest.mark.long

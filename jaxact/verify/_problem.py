@@ -313,4 +313,5 @@ def plain_products(
 
     if signs is not None:
         product = perturbed(product, signs)
-    return jax.vmap(lambda vector: product(floats, vector))(vectors)
+    # Not all at once: of 1000 numbers and each pair of them that would be 8 GB.
+    return lax.map(lambda vector: product(floats, vector), vectors, batch_size=64)
