@@ -96,11 +96,13 @@ def linear_cross_entropy(
         axis_name: inside `shard_map`, the mesh axis over which V is split by hand: `w`, `bias` and `class_weight` are
             then this device's part, and labels count through all parts. With check_vma=False take gradients inside it;
             forward mode needs check_vma. What is on explicit axes of the same mesh is gathered.
-        return_aux: also return an `Auxiliary`.
+        return_aux: also return an `Auxiliary`, a named tuple: of each token the `log_sum_exp` and the `entropy`, which
+            are differentiable, the `predicted` class and whether it is `correct`; and `valid`, how many tokens count.
+            Of others these are 0, 0, −1 and False.
 
     Returns:
         The loss, a scalar or with the shape of `labels`, in float32 (float64 if `x` or `accum_dtype` is); with
-        `return_aux` the pair of it and an `Auxiliary`. nan for a label out of range.
+        `return_aux` the pair of it and the `Auxiliary`. nan for a label out of range.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype, or `x` and `w` differ in dtype.
@@ -133,22 +135,20 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
     try:
-        is_float = accum_dtype is not None and jnp.issubdtype(jnp.dtype(accum_dtype), jnp.floating)
+        accumulated = None if accum_dtype is None or isinstance(accum_dtype, Array) else jnp.dtype(accum_dtype)
     except TypeError:
-        is_float = False
-    if not is_float:
+        accumulated = None
+    if accumulated is None or not jnp.issubdtype(accumulated, jnp.floating):
         raise TypeError(f"accum_dtype must be a float type, got {accum_dtype!r}.")
-    if jnp.finfo(accum_dtype).bits < 32:
-        raise ValueError(f"accum_dtype must have at least 32 bits, got {jnp.dtype(accum_dtype)}.")
-    if jax.dtypes.canonicalize_dtype(accum_dtype) != jnp.dtype(accum_dtype):
-        raise ValueError(f"accum_dtype must be float32 where jax_enable_x64 is off, got {jnp.dtype(accum_dtype)}.")
+    if jnp.finfo(accumulated).bits < 32:
+        raise ValueError(f"accum_dtype must have at least 32 bits, got {accumulated}.")
+    if jax.dtypes.canonicalize_dtype(accumulated) != accumulated:
+        raise ValueError(f"accum_dtype must be float32 where jax_enable_x64 is off, got {accumulated}.")
     precision = tuple(precision) if isinstance(precision, list) else precision
     if not isinstance(precision, Hashable):
         raise TypeError(f"precision must be one of jax.lax.Precision, a name of it, or a pair, got {precision!r}.")
     tokens = None if isinstance(chunk, str) and chunk == "auto" else canonical_int("chunk", chunk, 1)
-    how = How(
-        int(w_layout == "dv"), tokens, jnp.dtype(accum_dtype), precision, static_axis_name(axis_name), bool(return_aux)
-    )
+    how = How(int(w_layout == "dv"), tokens, accumulated, precision, static_axis_name(axis_name), bool(return_aux))
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
     x, w, labels = require_array("x", x), require_array("w", w), require_array("labels", labels)
     bias, where, token_weight = (

@@ -192,9 +192,10 @@ def test_features_that_float32_does_not_hold() -> None:
         classifiers.train_twins(x, np.array([0, 1, 1]), steps=1)
 
 
-def test_no_dtype_to_accumulate_in() -> None:
-    with pytest.raises(TypeError, match="accum_dtype must be a float type, got None"):
-        jaxact.linear_cross_entropy(X, W, Y, accum_dtype=None)
+@pytest.mark.parametrize("dtype", [None, jnp.zeros(1), np.zeros(1)])
+def test_no_dtype_to_accumulate_in(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"accum_dtype must be a float type, got (None|.*rray)"):
+        jaxact.linear_cross_entropy(X, W, Y, accum_dtype=dtype)
 
 
 def test_a_traced_option_that_is_complex_is_refused() -> None:

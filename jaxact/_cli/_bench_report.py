@@ -130,9 +130,10 @@ def summary(outcome: Outcome) -> list[str]:
         )
         slow = sorted((c for c in large if c.of_peer.ratio > 1 + CHANGED), key=lambda c: -c.of_peer.ratio)
         worst = "; ".join(f"{_name(c)} {with_spread(c.of_peer)}" for c in slow[:5])
+        which = "" if not slow else ": " if len(slow) <= 5 else ", most of all "
         unsure = sum(not c.of_peer.certain for c in slow)
         count = f"{len(slow)} of {len(large)} cells" + (f", {unsure} of them uncertain (~)" if unsure else "")
-        lines.append(f"Slower by more than 5 %: {count}{': ' if slow else ''}{worst}")
+        lines.append(f"Slower by more than 5 %: {count}{which}{worst}")
         limits = {what: [c.of_limit.ratio for c in large if c.what == what and c.of_limit] for what in _WHATS}
         texts = [f"{what} {np.median(of):.1f}, at most {max(of):.1f}" for what, of in limits.items() if of]
         lines.append(f"Over the limit (medians): {'; '.join(texts)}")
