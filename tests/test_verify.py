@@ -83,6 +83,17 @@ def test_a_blinded_verifier_is_caught(f: Any, dtype: str) -> None:
     assert "the check cannot fail" in report.reasons[0]
 
 
+def test_a_check_that_refutes_is_not_said_to_be_unable_to() -> None:
+    # Of the mutants of a product with the wrong sign the one with the other sign is right.
+    @jax.custom_vjp
+    def against(x: Any) -> Any:
+        return x
+
+    against.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+    report = verify.rule(against, jnp.array([-1.0, 0.5, 2.0]), transforms=())
+    assert (report.verdict, report.reasons) == ("refuted", ("the backward rule has the wrong sign",))
+
+
 def test_an_oracle_that_does_not_know_is_inconclusive() -> None:
     # At 0 the two sides of |x| have different slopes. Whatever a rule says there, nobody can verify it.
     report = verify.rule(jnp.abs, jnp.array([-1.0, 0.0, 2.0]), transforms=())

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all); or module:function, yours")
     add("--exhaustive", action="store_true", default=None, help="values at all 2³² float32 inputs too: minutes")
-    add("--out", type=Path, metavar="DIR", help="for the results (default: verify)")
+    add("--out", type=Path, metavar="DIR", help="for the results, of jaxact's functions alone (default: verify)")
     yours = parser.add_argument_group("for module:function, at normal random numbers")
     add = yours.add_argument
     add("--shape", type=_shape, action="append", metavar="N,N", help="such as 8,128; repeat for further arguments")

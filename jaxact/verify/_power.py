@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from jaxact.verify._compare import Comparison, Verdicts
-from jaxact.verify._report import INCONCLUSIVE, POWERLESS, VERIFIED, Findings
+from jaxact.verify._report import INCONCLUSIVE, POWERLESS, REFUTED, VERIFIED, Findings
 
 
 def power(comparison: Comparison, results: dict[str, tuple[np.ndarray, Verdicts]], findings: Findings) -> str:
@@ -28,7 +28,8 @@ def power(comparison: Comparison, results: dict[str, tuple[np.ndarray, Verdicts]
         findings.add("power", VERIFIED, refuted)
     else:
         why = f"it does not refute {survivors}" if survivors else "no mutant of its products can be made"
-        findings.add("power", INCONCLUSIVE, why, f"{POWERLESS}: {why}")
+        # Where it has refuted it can; and a mutant of a wrong product may be right.
+        findings.add("power", INCONCLUSIVE, why, "" if findings.verdict == REFUTED else f"{POWERLESS}: {why}")
     return f"{refuted}; sees a relative error of {smallest:.2g}"
 
 
