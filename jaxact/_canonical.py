@@ -34,6 +34,16 @@ def optional_array(name: str, x: ArrayLike | None) -> ArrayLike | None:
     return None if x is None else require_array(name, x)
 
 
+def require_labels(labels: ArrayLike) -> ArrayLike:
+    """The same of class labels, where those of NumPy that JAX cuts to 32 bits stay out of range."""
+    labels = require_array("labels", labels)
+    if isinstance(labels, (np.ndarray, np.generic)) and labels.dtype.kind in "iu":
+        dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
+        if dtype != labels.dtype:
+            return np.clip(labels, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
+    return labels
+
+
 def as_float(name: str, x: ArrayLike) -> Array:
     """`x` as a floating-point array: integers and bools become the default float."""
     array = jnp.asarray(require_array(name, x))

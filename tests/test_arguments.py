@@ -215,3 +215,17 @@ def test_an_option_that_is_no_number_is_refused() -> None:
         jaxact.linear_cross_entropy(X, W, Y, chunk=np.array([1, 2]))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^y must be an array or a number, got list"):
         classifiers.cross_entropy(X, [0, 5, 2, 3])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("label", [2**32 + 2, 2**31, -(2**32), np.uint64(2**63 + 2)])
+def test_labels_of_numpy_that_32_bits_do_not_hold_are_out_of_range(label: Any) -> None:
+    y = np.array([0, 1, 2, label], np.uint64 if isinstance(label, np.uint64) else np.int64)
+    assert np.isnan(integer_loss(X, y)).tolist() == [False, False, False, True]
+    assert np.isnan(jaxact.linear_cross_entropy(X, W, y, reduction="none")).tolist() == [False, False, False, True]
+    assert np.isnan(integer_loss(X[0], y[3])).item()
+
+
+@pytest.mark.parametrize("alpha", [-1, 1.5, float("nan")])  # −1 switches it off in torchvision
+def test_an_alpha_that_is_no_share_is_named(alpha: Any) -> None:
+    with pytest.raises(ValueError, match=f"alpha must be from 0 to 1, or None to weigh both alike, got {float(alpha)}"):
+        losses.sigmoid_focal_loss(X, X / 2, alpha)

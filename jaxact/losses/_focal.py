@@ -35,8 +35,8 @@ def sigmoid_focal_loss(
     Args:
         logits: x, a real array of any shape. Integers become the default float.
         labels: y in [0, 1], broadcastable to the shape of `logits`: real, integer or boolean.
-        alpha: α in [0, 1], the share of the positive examples; broadcastable to the shape of `logits`. Not checked.
-            None weighs both alike.
+        alpha: α in [0, 1], the share of the positive examples; broadcastable to the shape of `logits`. A Python number
+            is checked, an array is not. None weighs both alike.
         gamma: γ ≥ 0, a scalar.
         where: boolean, broadcastable to the shape of `logits`. False means that this element does not count.
 
@@ -45,7 +45,7 @@ def sigmoid_focal_loss(
 
     Raises:
         TypeError: if an argument is complex or not an array, `where` not boolean.
-        ValueError: if shapes do not fit, or `gamma` is negative or above 1e30.
+        ValueError: if shapes do not fit, `gamma` is negative or above 1e30, or a number `alpha` is not in [0, 1].
 
     Derivative:
         α_t (1 − p_t)^γ (γ (1 − 2y) σ′(x)/(1 − p_t) · BCE + BCE′): for y = 0 and 1 both terms have one sign. Reverse
@@ -64,6 +64,8 @@ def sigmoid_focal_loss(
         Lin et al., "Focal Loss for Dense Object Detection" (2017); optax issue 1267: nan gradients.
     """
     canonical_scalar("gamma", gamma, lambda c: 0 <= c <= 1e30, "not negative and at most 1e30")
+    if isinstance(alpha, (int, float)):
+        canonical_scalar("alpha", alpha, lambda a: 0 <= a <= 1, "from 0 to 1, or None to weigh both alike")
     logits, labels = require_array("logits", logits), require_array("labels", labels)
     return _focal_of_any(logits, labels, optional_array("alpha", alpha), gamma, optional_array("where", where))
 
