@@ -34,9 +34,9 @@ def optional_array(name: str, x: ArrayLike | None) -> ArrayLike | None:
     return None if x is None else require_array(name, x)
 
 
-def require_labels(labels: ArrayLike) -> ArrayLike:
+def require_labels(name: str, labels: ArrayLike) -> ArrayLike:
     """The same of class labels, where those of NumPy that JAX cuts to 32 bits stay out of range."""
-    labels = require_array("labels", labels)
+    labels = require_array(name, labels)
     if isinstance(labels, (np.ndarray, np.generic)) and labels.dtype.kind in "iu":
         dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
         if dtype != labels.dtype:

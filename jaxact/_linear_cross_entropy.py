@@ -159,7 +159,7 @@ def linear_cross_entropy(
     tokens = None if isinstance(chunk, str) and chunk == "auto" else canonical_int("chunk", chunk, 1)
     how = How(int(w_layout == "dv"), tokens, accumulated, precision, static_axis_name(axis_name), bool(return_aux))
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
-    x, w, labels = require_array("x", x), require_array("w", w), require_labels(labels)
+    x, w, labels = require_array("x", x), require_array("w", w), require_labels("labels", labels)
     bias, where, token_weight = (
         optional_array(name, a) for name, a in (("bias", bias), ("where", where), ("token_weight", token_weight))
     )

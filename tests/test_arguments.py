@@ -223,6 +223,7 @@ def test_labels_of_numpy_that_32_bits_do_not_hold_are_out_of_range(label: Any) -
     assert np.isnan(integer_loss(X, y)).tolist() == [False, False, False, True]
     assert np.isnan(jaxact.linear_cross_entropy(X, W, y, reduction="none")).tolist() == [False, False, False, True]
     assert np.isnan(integer_loss(X[0], y[3])).item()
+    assert np.isnan(classifiers.cross_entropy(X, y)).tolist() == [False, False, False, True]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("alpha", [-1, 1.5, float("nan")])  # −1 switches it off in torchvision

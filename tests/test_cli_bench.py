@@ -244,6 +244,8 @@ def test_the_summary() -> None:
     assert "Kept for the backward pass, more than by the peer: softmax 3 times (bfloat16 128×256)" in text
     assert "import jaxact adds 20 ms to the 500 ms of import jax" in text
     assert "Speed-up of value and gradient from 1 to 2 cores: softmax 1.50" in text
+    many = "\n".join(report.summary(outcome(*[made_up(1.5)] * 6, made_up(0.5, what="value+gradient"))))
+    assert "Slower by more than 5 %: 6 of 7 cells, most of all softmax float32" in many
     fine = "\n".join(report.summary(outcome(made_up(1.05), made_up(1.0, what="value+gradient", kept=(1, 1)))))
     assert "Slower by more than 5 %: 0 of 2 cells\n" in fine
     assert "more than by the peer: by none" in fine

@@ -351,6 +351,8 @@ def test_values() -> None:
     assert report.ok
     assert report.facts["inputs"] == sum(report.facts["regions"].values()) == sum(report.facts["histogram"].values())
     assert report.facts["max ulp"] <= 0.51
+    few = verify.values(jnp.sin, np.sin, dtype=jnp.float32, points=np.linspace(-1, 1, 5)).facts
+    assert 0 < few["99.9 % ulp"] == few["max ulp"]
     wrong = verify.values(lambda x: jnp.where(x == 3, 0, jaxact.sigmoid(x)), oracles.sigmoid, dtype=jnp.float16)
     assert wrong.verdict == "refuted"
     assert wrong.facts["worst"]["input"] == 3.0

@@ -115,7 +115,7 @@ def softmax_cross_entropy_with_integer_labels(
     options = Options(temperature, label_smoothing, z_loss, logit_softcap, class_weight).checked()
     if ignore_index is not None:
         ignore_index = canonical_int("ignore_index", ignore_index)
-    logits, labels = require_array("logits", logits), require_labels(labels)
+    logits, labels = require_array("logits", logits), require_labels("labels", labels)
     where = optional_array("where", where)
     return _of_integers(logits, labels, where, options, static_axis(axis), ignore_index, static_axis_name(axis_name))
 

@@ -155,7 +155,7 @@ class _Statistics:
             "inputs": count,
             "max ulp": self.worst,
             "mean ulp": self.sum / max(1, count - self.infinite),
-            "99.9 % ulp": min(float(quantile), self.worst),  # the upper end of what is counted as one
+            "99.9 % ulp": min(float(quantile), self.worst),  # of a bin the upper end is counted
             "worst": self.at,
             "regions": self.regions,
             "histogram": histogram,
