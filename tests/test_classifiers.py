@@ -169,6 +169,7 @@ def test_models() -> None:
     np.testing.assert_array_equal(classifiers.predict(tied, x), np.zeros(6))
 
 
+@pytest.mark.long
 def test_ranks_are_promoted_explicitly() -> None:
     with jax.numpy_rank_promotion("raise"):
         x, y = jnp.ones((4, 3)), jnp.array([0, 1, 0, 1])

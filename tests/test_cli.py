@@ -76,6 +76,7 @@ def test_default_data_agrees_bit_for_bit(tmp_path: Path, capsys: pytest.CaptureF
     assert "The two classifiers are the same model: all 60 losses agree bit for bit." in printed.out
 
 
+@pytest.mark.long
 def test_own_data_in_float64_with_any_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "data.csv"
     file.write_text('\ufeff"x,1",same, $y_1$\n1,7, $no^\n\n \t\n2,7,[bold]日本"\n3,7,$no^\n', encoding="utf-8")
@@ -111,6 +112,7 @@ def test_features_are_standardised(tmp_path: Path) -> None:
     assert data.y.tolist() == [1, 0, 1]
 
 
+@pytest.mark.long
 def test_unmatched_rates_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "data.csv", *ROWS)
     assert status("converge", "--csv", file, "--label", "class", "--unmatched", "--steps", 20, "--out", tmp_path) == 0
@@ -308,6 +310,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_as_a_module(tmp_path: Path) -> None:
     file = write(tmp_path / "data.csv", *ROWS)
     root = Path(jaxact.__file__).parents[1]

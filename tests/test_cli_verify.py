@@ -77,6 +77,7 @@ def test_names_are_of_the_subjects() -> None:
         assert getattr(subject.f, "__name__", "") == name
 
 
+@pytest.mark.long
 def test_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(verify, "cores", lambda: 1)  # in one process of its own: each must import JAX
     monkeypatch.setattr(verify, "DTYPES", ("float32", "bfloat16"))  # of four, which take as long again

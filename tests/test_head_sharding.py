@@ -81,6 +81,7 @@ COMMON = """
 """
 
 
+@pytest.mark.long
 def test_meshes_with_automatic_axes(on_eight_devices: Callable[..., str]) -> None:
     program = """
         auto = mesh(AxisType.Auto)
@@ -374,6 +375,7 @@ def test_two_processes(reduction: str) -> None:
     agrees(*(start(connect.replace("PROCESS", str(i)), program) for i in range(2)))
 
 
+@pytest.mark.long
 def test_by_hand_over_one_axis_of_an_explicit_mesh(on_eight_devices: Callable[..., str]) -> None:
     # The classes over "model" with tokens on "data"; and the tokens over "data" with classes on "model".
     program = """

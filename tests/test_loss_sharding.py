@@ -1,11 +1,16 @@
 """The losses and functions of rows where their arguments are divided over devices, each in another way."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
 
+longer = functools.partial(pytest.param, marks=pytest.mark.long)
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "binary", "weighted binary", "focal"])
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "log_softmax", "logsumexp", "weighted binary", longer("binary"), longer("focal")]
+)
 def test_arguments_that_are_divided_otherwise_than_the_logits(name: str, on_eight_devices: Callable[..., str]) -> None:
     # A rule must return cotangents that are divided over the devices as its arguments are: a constant is not at all.
     program = """

@@ -202,6 +202,7 @@ def test_integer_loss_on_eight_devices(on_eight_devices: Callable[..., str], req
     assert on_eight_devices(program.replace("WAYS", ways)).strip() == "agreed"
 
 
+@pytest.mark.long
 def test_dense_loss_on_eight_devices_with_labels_divided_otherwise(
     on_eight_devices: Callable[..., str], request: pytest.FixtureRequest
 ) -> None:

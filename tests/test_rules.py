@@ -1,6 +1,6 @@
 """jaxact's own derivative rules, verified.
 
-Here each has a bound of its own, and a default run has time for one. `python -m jaxact verify`, which `.ci/run` runs,
+Here each has a bound of its own, and a default run has time for one. `python -m jaxact verify`, which `.ci/run --all` runs,
 verifies all of them, and the losses' too, with the bound that users have.
 """
 

@@ -585,6 +585,7 @@ def test_no_residuals_without_a_reverse_mode() -> None:
         verify.residuals(lambda x: jax.lax.while_loop(lambda c: c.sum() < 30, lambda c: c * 2, x), LINE)
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_said_first_and_not_guessed() -> None:
     wrong = corpus.elementwise(lambda x: x * jnp.sinc(x), lambda x: jnp.cos(jnp.pi * x) * x / x)
     report = verify.rule(wrong, jnp.array([-2.0, -0.5, 0.3, 1.0, 4.0]), transforms=())

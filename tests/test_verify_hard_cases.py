@@ -146,6 +146,7 @@ def test_a_long_loop_is_not_run_in_mpmath() -> None:
     assert report.facts["oracle"] == "what f computes, in float64, by autodiff"
 
 
+@pytest.mark.long
 def test_reverse_mode_that_cannot_be_traced_is_a_verdict() -> None:
     # Eagerly the number of steps is known, and it is a scan.
     def f(x: Any, steps: Any) -> Any:
