@@ -22,7 +22,7 @@ def require_array(name: str, x: ArrayLike) -> ArrayLike:
     if not (hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))):
         raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}.")
     if isinstance(x, (np.ndarray, np.generic)):
-        if x.dtype.kind in "OSUMm":
+        if x.dtype.kind in "OSUMm" or (x.dtype.kind == "f" and x.dtype.itemsize > 8):
             raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}.")
         if not x.dtype.isnative:  # whose bytes a jitted call may take for those of native numbers
             raise TypeError(f"{name} must have the byte order of this machine, got dtype {x.dtype.str}.")
@@ -89,7 +89,13 @@ def static_axis(axis: Any) -> Axis:
     try:
         return tuple(map(operator.index, axis)) if isinstance(axis, (tuple, list)) else operator.index(axis)
     except TypeError:
-        raise TypeError(f"axis must be an int, a tuple of ints or None, got {axis!r}.") from None
+        raise TypeError(f"axis must be an int, a tuple of ints or None, got {shown(axis)}.") from None
+
+
+def shown(value: Any) -> str:
+    """What came for an option that must be known, for an error."""
+    traced = isinstance(value, jax.core.Tracer)
+    return "a traced value: under jit, name it in static_argnames" if traced else repr(value)
 
 
 def wider(a: Any, b: Any) -> Any:
@@ -151,10 +157,17 @@ def canonical_int(name: str, value: Any, least: int | None = None) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}.") from None
+        raise TypeError(f"{name} must be an int, got {shown(value)}.") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number
+
+
+def canonical_bool(name: str, value: Any) -> bool:
+    """A choice that is known; 0 and 1 count as False and True."""
+    if isinstance(value, (bool, int, np.bool_)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def does_nothing(value: ArrayLike | None, literal: float) -> bool:

@@ -13,11 +13,13 @@ from jax.typing import ArrayLike
 from jaxact._canonical import (
     as_float,
     broadcast,
+    canonical_bool,
     canonical_int,
     canonical_mask,
     optional_array,
     require_array,
     require_labels,
+    shown,
     wider,
 )
 from jaxact._chunk import How, Operands, Tokens
@@ -142,13 +144,13 @@ def linear_cross_entropy(
     if w_layout not in ("dv", "vd"):
         raise ValueError(f'w_layout must be "dv" or "vd", got {w_layout!r}.')
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {shown(reduction)}.')
     try:
         accumulated = None if accum_dtype is None or isinstance(accum_dtype, Array) else jnp.dtype(accum_dtype)
     except TypeError:
         accumulated = None
     if accumulated is None or not jnp.issubdtype(accumulated, jnp.floating):
-        raise TypeError(f"accum_dtype must be a float type, got {accum_dtype!r}.")
+        raise TypeError(f"accum_dtype must be a float type, got {shown(accum_dtype)}.")
     if jnp.finfo(accumulated).bits < 32:
         raise ValueError(f"accum_dtype must have at least 32 bits, got {accumulated}.")
     if jax.dtypes.canonicalize_dtype(accumulated) != accumulated:
@@ -157,7 +159,8 @@ def linear_cross_entropy(
     if not isinstance(precision, Hashable):
         raise TypeError(f"precision must be one of jax.lax.Precision, a name of it, or a pair, got {precision!r}.")
     tokens = None if isinstance(chunk, str) and chunk == "auto" else canonical_int("chunk", chunk, 1)
-    how = How(int(w_layout == "dv"), tokens, accumulated, precision, static_axis_name(axis_name), bool(return_aux))
+    auxiliary = canonical_bool("return_aux", return_aux)
+    how = How(int(w_layout == "dv"), tokens, accumulated, precision, static_axis_name(axis_name), auxiliary)
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)
     x, w, labels = require_array("x", x), require_array("w", w), require_labels("labels", labels)
     bias, where, token_weight = (

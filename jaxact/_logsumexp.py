@@ -10,7 +10,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxact._branches import unless_all
-from jaxact._canonical import Axis, as_float, canonical_axis, masked, optional_array, require_array, static_axis, widen
+from jaxact._canonical import (
+    Axis,
+    as_float,
+    canonical_axis,
+    canonical_bool,
+    masked,
+    optional_array,
+    require_array,
+    static_axis,
+    widen,
+)
 from jaxact._classes import alike
 from jaxact._elementary import exp
 from jaxact._exponentials import UNSHIFTED, scaled_exponentials
@@ -100,7 +110,8 @@ def logsumexp(
         jax issues 6811 and 22398.
     """
     b, where = optional_array("b", b), optional_array("where", where)
-    return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, bool(keepdims), bool(return_sign), where)
+    keepdims, return_sign = canonical_bool("keepdims", keepdims), canonical_bool("return_sign", return_sign)
+    return _logsumexp_of_any(require_array("a", a), static_axis(axis), b, keepdims, return_sign, where)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4))

@@ -230,3 +230,37 @@ def test_labels_of_numpy_that_32_bits_do_not_hold_are_out_of_range(label: Any) -
 def test_an_alpha_that_is_no_share_is_named(alpha: Any) -> None:
     with pytest.raises(ValueError, match=f"alpha must be from 0 to 1, or None to weigh both alike, got {float(alpha)}"):
         losses.sigmoid_focal_loss(X, X / 2, alpha)
+
+
+KNOWN: dict[str, Any] = {
+    "axis": jaxact.softmax,
+    "keepdims": lambda x, value: jaxact.logsumexp(x, keepdims=value),
+    "return_sign": lambda x, value: jaxact.logsumexp(x, return_sign=value),
+    "ignore_index": lambda x, value: integer_loss(x, Y, ignore_index=value),
+    "chunk": lambda x, value: jaxact.linear_cross_entropy(x, W, Y, chunk=value),
+    "reduction": lambda x, value: jaxact.linear_cross_entropy(x, W, Y, reduction=value),
+    "return_aux": lambda x, value: jaxact.linear_cross_entropy(x, W, Y, return_aux=value),
+    "accum_dtype": lambda x, value: jaxact.linear_cross_entropy(x, W, Y, accum_dtype=value),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_option_that_must_be_known_is_traced(name: str) -> None:
+    message = rf"^{name} must be .*, got a traced value: under jit, name it in static_argnames"
+    with pytest.raises((TypeError, ValueError), match=message):
+        jax.eval_shape(KNOWN[name], X, 1)
+
+
+@pytest.mark.parametrize("name", ["keepdims", "return_sign", "return_aux"])
+def test_a_choice_is_true_or_false(name: str) -> None:
+    for value in ("no", None, 2, np.ones(2)):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False, got "):
+            KNOWN[name](X, value)
+    for value in (0, True, np.bool_(True)):
+        KNOWN[name](X, value)
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="no such dtype here")
+def test_a_dtype_that_jax_has_not_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^x must be an array of numbers, got dtype float128"):
+        jaxact.softmax(np.ones(3, np.longdouble))

@@ -1,8 +1,9 @@
 """What the verifier must not convict, what it must not let pass, and where it must say that it does not know.
 
-A minute of corners, which `.ci/run` visits with one version of JAX.
+A minute of corners, which `.ci/run --all` visits with one version of JAX.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -83,6 +84,24 @@ def test_random_numbers_of_another_dtype_are_another_function() -> None:
         report = brief(f, at)
         assert report.verdict == "inconclusive", str(report)
         assert "in float64 f computes something else" in report.reasons[0]
+        assert "give it what is drawn, and not the key" in report.reasons[1]
+
+
+def test_a_rule_that_takes_a_key() -> None:
+    @jax.custom_vjp
+    def dropout(x: Any, key: Any) -> Any:
+        return jnp.where(keep(x, key), 2 * x, 0)
+
+    def keep(x: Any, key: Any) -> Any:
+        return jax.random.bernoulli(key, jnp.float32(0.5), x.shape)  # the same draws in float64
+
+    dropout.defvjp(lambda x, key: (dropout(x, key), keep(x, key)), lambda kept, g: (jnp.where(kept, 2 * g, 0), None))
+    x, key = jnp.linspace(-1.0, 2.0, 7), jax.random.key(0)
+    of_slopes = functools.partial(brief, dropout, x, key, edges=None)
+    assert of_slopes(derivative=lambda x, key: np.where(keep(x, key), 2.0, 0.0)).verdict == "verified"
+    report = of_slopes(derivative=lambda x, key: np.where(jax.random.bernoulli(key, 0.5, x.shape), 2.0, 0.0))
+    assert report.verdict == "refuted"
+    assert "if the random numbers that f draws are others in float64" in report.reasons[1]
 
 
 def test_whole_numbers_do_not_round() -> None:

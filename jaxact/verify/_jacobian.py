@@ -247,7 +247,7 @@ def call(f: Any, args: Any) -> Any:
     of_array: Exception | None = None
     with jax.enable_x64(True), np.errstate(all="ignore"):
         try:
-            out = f(*jax.tree.map(lambda a: np.asarray(a) if hasattr(a, "dtype") else a, args))
+            out = f(*jax.tree.map(_in_numpy, args))
             if all(np.asarray(y).dtype != object for y in jax.tree.leaves(out)):
                 return jax.tree.map(np.asarray, out)
         except (TypeError, ValueError, AttributeError) as error:
@@ -258,6 +258,13 @@ def call(f: Any, args: Any) -> Any:
         return in_mpmath(f, np.asarray(leaves[0], np.float64))
     except (TypeError, ValueError, AttributeError) as of_number:
         raise of_array or of_number from None  # the former says what is wrong with what is not meant for mpmath
+
+
+def _in_numpy(a: Any) -> Any:
+    """An array as one of NumPy; but a key of random numbers, which NumPy has not, as it is."""
+    if not hasattr(a, "dtype") or jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        return a
+    return np.asarray(a)
 
 
 def in_mpmath(f: Any, x: np.ndarray) -> np.ndarray:

@@ -148,11 +148,21 @@ class Problem:
             return ravel_one(self.compiled(value_of, self.f, self.spec)(self.floats, self.others))
 
     @functools.cached_property
-    def loops(self) -> bool:
-        """Whether `f` has a loop of which nobody knows how long it takes."""
+    def operations(self) -> set[str]:
+        """The names of JAX's primitives that `f` is made of."""
         with self.precision():
             program = jax.make_jaxpr(self.spec.of_floats(self.f, self.others))(*self.floats)
-        return any(equation.primitive.name == "while" for equation in equations(program.jaxpr))
+        return {equation.primitive.name for equation in equations(program.jaxpr)}
+
+    @property
+    def loops(self) -> bool:
+        """Whether `f` has a loop of which nobody knows how long it takes."""
+        return "while" in self.operations
+
+    @property
+    def draws(self) -> bool:
+        """Whether `f` draws random numbers."""
+        return bool({"random_bits", "threefry2x32", "rng_bit_generator"} & self.operations)
 
     def vector_shapes(self, mode: str) -> list[tuple[tuple[int, ...], np.dtype]]:
         """Of the cotangents that reverse mode takes, or of the tangents that forward mode takes."""

@@ -91,6 +91,10 @@ class Session:
             findings.reasons.append(
                 "if a loop of f ends before its limit, what f computes has another derivative: give derivative="
             )
+        if (comparison.oracle.another or (findings.verdict == REFUTED and kind != "f")) and problem.draws:
+            findings.reasons.append(
+                "if the random numbers that f draws are others in float64, give it what is drawn, and not the key"
+            )
         seen = power(comparison, results, findings)
         if findings.verdict != REFUTED:
             self._edges()
@@ -220,7 +224,7 @@ class Session:
         oracle = self.comparison.oracle
         given = oracle.kind == "derivative" and self._has_slopes_in_jax()
         if not given and (not oracle.autodiff or (oracle.kind == "numpy" and not oracle.exact)):
-            why = "of a second derivative there is no oracle where autodiff of what f computes is wrong"
+            why = "of a second derivative there is no oracle where autodiff of what f computes is wrong, as at ties"
             self.findings.add(name, INCONCLUSIVE, why, f"{why}; give derivative=, or reference=, in JAX")
             return
         for each in self.modes:
