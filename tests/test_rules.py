@@ -1,7 +1,7 @@
 """jaxact's own derivative rules, verified.
 
-Here each has a bound of its own, and a default run has time for one. `python -m jaxact verify`, which `.ci/run --all` runs,
-verifies all of them, and the losses' too, with the bound that users have.
+Here each has a bound of its own, and a default run has time for one. `python -m jaxact verify`, which `.ci/run --all`
+runs, verifies all of them, and the losses' too, with the bound that users have.
 """
 
 import functools

@@ -28,7 +28,8 @@ def rule(
     """Verifies the derivative of `f` at `args`, in every mode that it has, against an oracle in float64 or better.
 
     Args:
-        f: a function of arrays or pytrees, with custom rules or without.
+        f: a function of arrays or pytrees, with custom rules or without. Where it would draw random numbers, of which
+            float64 has others, it should be given what is drawn instead.
         *args: example inputs. Float arrays and numbers are differentiated, in float64, float32, bfloat16 or float16 as
             they come (a NumPy array of float64 is checked in float64 even where `jax_enable_x64` is off); integer
             arrays are not, and other Python values are constants.
