@@ -95,14 +95,14 @@ def scaled_exponentials(x: Array, peak: Array, axis: Axes) -> tuple[Array, Array
 
     By our own exponential, and XLA's in small arrays: that is no operation in its eyes, and the loop is not split. (Nor
     is a loop through few numbers; and there `classifiers` needs that of `sigmoid`, bit for bit.) Ours is divided by 2ⁿ,
-    and about 2 to 4 at the maximum. No logit is rounded: of one near a large m the difference x − m is exact, and
-    others need none.
+    and about 2⁹⁰ at the maximum: so none is flushed that counts in the sum of the others, however small that is, and
+    2³¹ do not overflow. No logit is rounded: of one near a large m the difference x − m is exact, and others need none.
     """
     if small(x) and not few(x):
         shift = shift_without_factor(peak, class_count(x, axis))
         return exponentials(x, shift, None, axis), exponentials(peak, shift, None, ())
     by = jnp.where(jnp.abs(peak) <= 2.0**8, 0, peak)  # so a peak of nan leaves none a number
-    n = jnp.floor((peak - by) / math.log(2)) - 1
+    n = jnp.floor((peak - by) / math.log(2)) - 90
     # The minimum changes +inf alone, from which nothing can be taken.
     d = jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(by, axis)
     return exp_over(d, spread(n, axis)), exp_over(peak - by, n)

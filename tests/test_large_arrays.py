@@ -233,3 +233,19 @@ def test_no_kernel_of_the_library_counts_places(shape: tuple[int, int]) -> None:
     for kernel in kernels:
         body = text[text.index(f"\n{kernel} (") :]
         assert " iota(" not in body[: body.index("\n}")]
+
+
+@pytest.mark.parametrize("shape", [(64, 33), (64, 1000), (1024, 1000), (2048, 1024)])  # about as many kernels
+@pytest.mark.parametrize("name", ["log_softmax", "integer labels", "probabilities"])
+def test_what_the_others_sum_up_to_is_not_flushed(name: str, shape: tuple[int, int]) -> None:
+    # Each of them has less than the least normal number, of 1, and all together more.
+    rng = np.random.default_rng(0)
+    largest = rng.uniform(100, 250, (shape[0], 1))
+    x = np.float32(largest - rng.uniform(89, 91, shape))
+    x[:, :1] = largest
+    want = np.log1p(np.exp(np.float64(x[:, 1:]) - x[:, :1]).sum(-1)) * (-1 if name == "log_softmax" else 1)
+    assert (abs(want) > 2.0**-126).all()
+    alone = jax.jit(lambda x, y: FUNCTIONS[name](x, y))
+    y = np.zeros(shape[0], int)
+    for value in (alone(x, y), value_and_slope(name, x, y)[0]):
+        np.testing.assert_allclose(value, want, rtol=12 * 2.0**-23)  # the docstring's bound
