@@ -75,6 +75,7 @@ def test_the_prediction_is_the_first_of_the_largest() -> None:
         assert aux.correct.all()
 
 
+@pytest.mark.long
 def test_many_tokens_beside_the_chunks() -> None:
     # In XLA of JAX 0.10, what is made of sums and two slices' transpose may write nowhere: then this process ends.
     rng, (n, features, classes) = np.random.default_rng(0), (9000, 8, 20)

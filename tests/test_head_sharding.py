@@ -402,7 +402,7 @@ def test_by_hand_over_one_axis_of_an_explicit_mesh(on_eight_devices: Callable[..
 
 
 @pytest.mark.parametrize("differs", ["x", "w"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", pytest.param("none", marks=pytest.mark.long)])
 def test_labels_that_are_the_same_where_something_else_is_not(differs: str, reduction: Any) -> None:
     # One device is enough: that something differs is a matter of types.
     x, w, y = np.eye(6, 4, dtype=np.float32), np.arange(20, dtype=np.float32).reshape(4, 5) / 8, np.arange(6) % 5

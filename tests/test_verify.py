@@ -524,6 +524,7 @@ def test_a_given_slope_is_what_is_differentiated() -> None:
     assert plainly(jnp.sin, LINE, derivative=jax.jacobian(jnp.sin), order=2)  # nor are Jacobians slopes
 
 
+@pytest.mark.long
 def test_one_entry_beside_the_diagonal_of_a_long_array() -> None:
     report = plainly(lambda x: jnp.concatenate([x[:1] + x[1:2], x[1:]]), jnp.linspace(0.2, 1.2, 2000))
     assert report, str(report)

@@ -138,6 +138,7 @@ def test_a_loop_that_ends_before_its_limit() -> None:
     assert "if a loop of f ends before its limit, what f computes has another derivative" in report.reasons[-1]
 
 
+@pytest.mark.long
 def test_a_long_loop_is_not_run_in_mpmath() -> None:
     def f(x: Any, steps: Any) -> Any:
         return lax.fori_loop(jnp.int32(0), steps, lambda i, y: y + 1e-3 * jnp.sin(y), x)
