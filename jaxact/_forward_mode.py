@@ -2,14 +2,25 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
+Result = TypeVar("Result", covariant=True)
 
-def forward_mode(f: jax.custom_vjp) -> Any:
+
+class EveryMode(Protocol[Result]):
+    """What `forward_mode` returns, for type checkers: they know no parameters of a `jax.custom_vjp` function."""
+
+    __name__: str
+    defvjp: Callable[..., None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result: ...
+
+
+def forward_mode(f: "jax.custom_vjp[Result]") -> EveryMode[Result]:
     """Gives a `jax.custom_vjp` function a forward mode, so that it works in every mode.
 
     `jax.custom_vjp` takes one rule, the backward pass, and then refuses `jax.jvp`,
@@ -75,7 +86,7 @@ def forward_mode(f: jax.custom_vjp) -> Any:
     # With symbolic zeros we learn which arguments move, and transpose with respect to those alone.
     in_every_mode.defjvp(pushforward, symbolic_zeros=True)
     in_every_mode.defvjp = f.defvjp  # type: ignore[attr-defined]  # custom_jvp has none, so we add it
-    return in_every_mode
+    return cast(EveryMode[Result], in_every_mode)
 
 
 def _bind_static(f: jax.custom_vjp, static: list[Any], count: int) -> Callable[..., Any]:

@@ -253,7 +253,8 @@ def test_an_option_that_must_be_known_is_traced(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["keepdims", "return_sign", "return_aux"])
 def test_a_choice_is_true_or_false(name: str) -> None:
-    for value in ("no", None, 2, np.ones(2)):
+    no_choices: list[Any] = ["no", None, 2, np.ones(2)]
+    for value in no_choices:
         with pytest.raises(TypeError, match=f"^{name} must be True or False, got "):
             KNOWN[name](X, value)
     for value in (0, True, np.bool_(True)):
