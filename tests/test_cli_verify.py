@@ -106,7 +106,7 @@ def test_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.mark.parametrize("verdict", ["refuted", "inconclusive"])
 def test_what_is_not_verified_is_shown(
-    verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verdict: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = Report("softmax(float32[3,5])", verdict, reasons=("because of | and ∞",), facts={"max": np.inf})
     monkeypatch.setattr(subjects.Subject, "rule", lambda self, dtype: made)

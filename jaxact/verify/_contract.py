@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxact.verify._problem import Problem
-from jaxact.verify._report import ABSENT, REFUTED, VERIFIED, Check, Report, first_line, name_of, type_text, verdict_of
+from jaxact.verify._report import (
+    ABSENT,
+    REFUTED,
+    VERIFIED,
+    Check,
+    Report,
+    Verdict,
+    first_line,
+    name_of,
+    type_text,
+    verdict_of,
+)
 
 
 def contract(f: Callable[..., Any], *args: Any) -> Report:
@@ -69,7 +80,7 @@ def check_contract(problem: Problem, leaks: bool) -> Report:
                     for i, (g, w) in enumerate(zip(shapes, expected, strict=False))
                     if g != w
                 ]
-        verdict = REFUTED if problems else VERIFIED
+        verdict: Verdict = REFUTED if problems else VERIFIED
         checks.append(Check(mode, verdict, "; ".join(problems) or "traces; shapes, dtypes and trees agree"))
         reasons += problems
     return Report(name_of(f), verdict_of([c.verdict for c in checks]), tuple(checks), tuple(reasons))

@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import json
 import math
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 
-VERIFIED, REFUTED, INCONCLUSIVE = "verified", "refuted", "inconclusive"
+Verdict = Literal["verified", "refuted", "inconclusive"]
+VERIFIED: Final = "verified"
+REFUTED: Final = "refuted"
+INCONCLUSIVE: Final = "inconclusive"
 UNKNOWN = "the oracle does not know"  # how a reason begins that says why there is no verdict
 POWERLESS = "the check cannot fail"  # and one that says that a wrong product would have passed
-ABSENT = "absent"  # of a check: there was nothing to check
+ABSENT: Final = "absent"  # of a check: there was nothing to check
 
 
 class NotVerified(AssertionError):
@@ -26,7 +29,7 @@ class Check:
     """
 
     name: str
-    verdict: str
+    verdict: Verdict | Literal["absent"]
     detail: str
     worst: float | None = None
 
@@ -39,13 +42,15 @@ class Findings:
     reasons: list[str] = dataclasses.field(default_factory=list)
     witness: str = ""
 
-    def add(self, name: str, verdict: str, detail: str, reason: str = "", worst: float | None = None) -> None:
+    def add(
+        self, name: str, verdict: Verdict | Literal["absent"], detail: str, reason: str = "", worst: float | None = None
+    ) -> None:
         self.checks.append(Check(name, verdict, detail, worst))
         if reason:
             self.reasons.append(reason)
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         return verdict_of([c.verdict for c in self.checks])
 
 
@@ -64,7 +69,7 @@ class Report:
     """
 
     subject: str
-    verdict: str
+    verdict: Verdict
     checks: tuple[Check, ...] = ()
     reasons: tuple[str, ...] = ()
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -145,7 +150,7 @@ def apart(a: float, b: float) -> tuple[str, str]:
     return next((pair for pair in texts if pair[0] != pair[1]), (repr(a), repr(b)))
 
 
-def verdict_of(verdicts: list[str]) -> str:
+def verdict_of(verdicts: list[Any]) -> Verdict:
     """Refuted if anything is, verified only if nothing is left open."""
     if REFUTED in verdicts:
         return REFUTED

@@ -51,5 +51,4 @@ def residuals(f: Callable[..., Any], *args: Any, max_bytes: int | None = None) -
     reasons = []
     if max_bytes is not None and total > max_bytes:
         reasons.append(f"reverse mode keeps {total} bytes, more than {max_bytes}")
-    verdict = REFUTED if reasons else VERIFIED
-    return Report(name_of(f), verdict, tuple(checks), tuple(reasons), {"bytes": total})
+    return Report(name_of(f), REFUTED if reasons else VERIFIED, tuple(checks), tuple(reasons), {"bytes": total})
