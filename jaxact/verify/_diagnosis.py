@@ -19,14 +19,20 @@ def explain(
     """What an author should look at, guessed from how the products differ."""
     got, want = verdicts.got, verdicts.product.want
     which, vector = ("backward", "cotangent") if mode == "reverse" else ("forward", "tangent")
-    at = f"x = {problem.x[i]:.6g}" if oracle.layout.elementwise else f"element {i}"
+    at = f"x = {problem.x[i]:.6g}" if oracle.layout.elementwise else element(problem, mode, i)
     g, w = got[c, i], want[c, i]
     known = ~verdicts.unresolved
     zero = ~vectors.any(1)
     if np.any(got[zero] != 0) and not np.isnan(got[zero]).any():
         return f"the {which} rule is not linear: for a {vector} of 0 it returns {np.max(np.abs(got[zero])):.4g}"
+    came, due = apart(g, w)
+    # A product with a unit vector is a derivative, and with others it is not.
+    if oracle.layout.elementwise and vectors[c, i] != 1:
+        at = f"{vector} {vectors[c, i]:.6g}, {at}"
+    unit = vectors[c, i] == 1 if oracle.layout.elementwise else np.count_nonzero(vectors[c]) == 1 == vectors[c].max()
+    where = f"where the {'derivative' if unit else 'product'} is"
     if np.isnan(g):
-        return f"the {which} rule returns nan where the derivative is {w:.4g} ({at})"
+        return f"the {which} rule returns nan {where} {w:.4g} ({at})"
     live = known & (np.abs(want) > 4 * verdicts.allowed) & np.isfinite(got)
     if live.any() and not got[live].any():
         return f"the {which} rule returns 0 everywhere"
@@ -50,13 +56,12 @@ def explain(
     if len(dense) > 1 and _nonlinear(vectors, got, verdicts, dense):
         return f"the {which} rule is not linear in the {vector}"
     if g == 0:
-        reason = f"the {which} rule returns 0 where the derivative is {w:.4g} ({at})"
+        reason = f"the {which} rule returns 0 {where} {w:.4g} ({at})"
         small = oracle.layout.elementwise and abs(w) < 64 * problem.unit * abs(vectors[c, i])
         if small and abs(abs(problem.value()[i]) - 1) < 1e-6:
             reason += "; 1 − f(x) has cancelled"
         return reason
-    came, due = apart(g, w)
-    return f"the {which} rule returns {came} where the derivative is {due} ({at}; {_fraction(verdicts)})"
+    return f"the {which} rule returns {came} {where} {due} ({at}; {_fraction(verdicts)})"
 
 
 def _same(got: np.ndarray, other: np.ndarray, verdicts: Verdicts) -> bool:
@@ -148,6 +153,13 @@ def _array_as_code(part: np.ndarray) -> str | None:
         place = ", ".join(map(str, places[0]))
         return f"jnp.zeros({part.shape}, jnp.{dtype}).at[{place}].set({float(part[tuple(places[0])])!r})"
     return f"jnp.array({part.astype(np.float64).tolist()}, jnp.{dtype})" if part.size <= 32 else None
+
+
+def element(problem: Problem, mode: str, i: int) -> str:
+    """Which element of what a mode returns; of several arrays, of which."""
+    shapes = problem.in_shapes if mode == "reverse" else problem.out_shapes
+    leaf, place = _place(shapes, i)
+    return f"element {i}" if len(shapes) == 1 else f"element {place} of array {leaf}"
 
 
 def _place(shapes: Any, i: int) -> tuple[int, int]:

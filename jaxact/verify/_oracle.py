@@ -149,7 +149,7 @@ def _of_program(
     values = numpy_values(problem, reference) if kind == "numpy" else jax_values(problem, program)
     credible, zero_error, value = agreement(problem, layout, jacobian, doubted, values, rng)
     narrow = kind == "f" and _narrow_inside(problem)
-    unsure = doubted.map(lambda e, j: (4 * e > bound * problem.unit * np.abs(j)) & (j != 0), jacobian)
+    unsure = doubted.map(lambda e, j: 4 * e > bound * problem.unit * np.abs(j), jacobian)
     inexact = narrow or problem.wide or any(u.any() for u in unsure) or _zero_rows(layout, jacobian).any()
     if inexact or not credible.all():
         pattern = functools.partial(_pattern, problem, layout, jacobian, values)

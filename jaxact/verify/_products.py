@@ -45,7 +45,27 @@ def products(
     for variant, verdicts in found.items():
         _judge(comparison, f"{mode}, {variant}", verdicts, findings)
     _explain(comparison, mode, found, every, len(dense), findings)
+    if "eager" in found and not found["eager"].wrong.any():
+        _in_proportion(comparison, mode, dense[:1], found["eager"], findings)
     return every, main
+
+
+def _in_proportion(
+    comparison: Comparison, mode: str, vector: np.ndarray, verdicts: Verdicts, findings: Findings
+) -> None:
+    """That a rule returns as many times more for a vector as that is larger: one that clips may do so far out."""
+    large = 2.0**8 if comparison.problem.dtype == np.float16 else 2.0**30
+    with np.errstate(all="ignore"):
+        again = comparison.problem.products(mode, "eager", large * vector)[0] / large
+        # A number that has overflowed says nothing. Powers of two do not round: what is apart is more than a rounding.
+        wrong = np.isfinite(again) & (np.abs(again - verdicts.got[0]) > verdicts.allowed[0])
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        which, what = ("backward", "cotangent") if mode == "reverse" else ("forward", "tangent")
+        came, due = apart(again[i], verdicts.got[0, i])
+        detail = f"for {large:.3g} times a {what} it returns not {due} as many times, but {came}"
+        where = diagnosis.element(comparison.problem, mode, i)
+        findings.add(f"{mode}, large", REFUTED, detail, f"the {which} rule is not linear: {detail} ({where})")
 
 
 def _vectors(
@@ -140,7 +160,7 @@ def alone(comparison: Comparison, results: Results, findings: Findings) -> None:
             else:
                 if not wrong.any():
                     continue
-                detail = f"is wrong in element {int(np.argmax(wrong.any(0)))}"
+                detail = f"is wrong in {diagnosis.element(problem, mode, int(np.argmax(wrong.any(0))))}"
             reason = f"with one {what} differentiated and the others not, {mode} mode {detail}"
             findings.add(f"one {what}", REFUTED, f"{mode} mode {detail}", reason)
             return
