@@ -26,6 +26,10 @@ def require_array(name: str, x: ArrayLike) -> ArrayLike:
             raise TypeError(f"{name} must be an array of numbers, got dtype {x.dtype}.")
         if not x.dtype.isnative:  # whose bytes a jitted call may take for those of native numbers
             raise TypeError(f"{name} must have the byte order of this machine, got dtype {x.dtype.str}.")
+    elif hasattr(x, "dtype") and not hasattr(x, "__jax_array__"):  # another library's
+        raise TypeError(
+            f"{name} must be an array of JAX or NumPy or a number, got {type(x).__name__}: convert it first."
+        )
     return x
 
 
@@ -152,12 +156,12 @@ def canonical_mask(where: ArrayLike, shape: tuple[int, ...], whose: str) -> Arra
         raise ValueError(f"where must broadcast to the shape {shape} of {whose}, got {mask.shape}.") from None
 
 
-def canonical_int(name: str, value: Any, least: int | None = None) -> int:
+def canonical_int(name: str, value: Any, least: int | None = None, what: str = "an int") -> int:
     """A value that is known, as an int."""
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {shown(value)}.") from None
+        raise TypeError(f"{name} must be {what}, got {shown(value)}.") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number

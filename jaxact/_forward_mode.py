@@ -46,7 +46,8 @@ def forward_mode(f: "jax.custom_vjp[Result]") -> EveryMode[Result]:
         TypeError: if `f` is not a `jax.custom_vjp` function, and, when it is differentiated, if its backward
             pass cannot be transposed: because it is not linear in the cotangent, or because it applies an
             operation to the cotangent for which JAX has no transpose (`lax.while_loop`, another custom rule, `cg`, a
-            kernel). A backward pass that adds a constant is not linear either, but transposes without complaint.
+            kernel). A backward pass that adds a constant is not linear either, but transposes without complaint, and
+            without the constant: reverse mode loses it too.
 
     Numerics:
         The pushforward evaluates the same products as the backward pass. That is wrapped in `jax.checkpoint`,

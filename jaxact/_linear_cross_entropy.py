@@ -158,7 +158,9 @@ def linear_cross_entropy(
     precision = tuple(precision) if isinstance(precision, list) else precision
     if not isinstance(precision, Hashable):
         raise TypeError(f"precision must be one of jax.lax.Precision, a name of it, or a pair, got {precision!r}.")
-    tokens = None if isinstance(chunk, str) and chunk == "auto" else canonical_int("chunk", chunk, 1)
+    tokens = (
+        None if isinstance(chunk, str) and chunk == "auto" else canonical_int("chunk", chunk, 1, 'an int or "auto"')
+    )
     auxiliary = canonical_bool("return_aux", return_aux)
     how = How(int(w_layout == "dv"), tokens, accumulated, precision, static_axis_name(axis_name), auxiliary)
     ignored = None if ignore_index is None else canonical_int("ignore_index", ignore_index)

@@ -55,8 +55,9 @@ def log_softmax(
         Reverse mode keeps `x`, up to three numbers for each row, and the mask.
 
     Numerics:
-        At most 12 ulp in float32 at logit scale 30, however near 0 the result: log1p of the other classes' sum and not
-        the log of the whole.
+        At most 12 ulp in float32 at logit scale 30, also near 0: log1p of the other classes' sum and not the log of the
+        whole. What each of n classes has below the least normal number may be lost of that sum, so this holds down to
+        n·2⁻¹⁰²; and XLA's sums of a row may lose more, as `softmax` says: 16 ulp have been seen.
         The gradient is within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each element at that scale and within 10 at any, the pushforward,
         which ends in a sum, within 20, but for the sums that `softmax` speaks of. 16-bit types are computed in float32
         and rounded once. Held by `tests/test_softmax*.py`.

@@ -67,7 +67,7 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, te
         instead, since a small `y` has few digits there, or none.
 
     Numerics:
-        At most 6 ulp in float32 at logit scale 30 and T = 1; there the gradient is within 8·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each
+        At most 6 ulp in float32 at logit scale 30 and T = 1; there the gradient is within 9·u·Σⱼ|Jᵢⱼ||ȳⱼ| of each
         element, and any derivative within 20, also where one probability rounds to 1 (`jax.nn.softmax` loses that
         entry) or ȳ has a large common offset.
         Both rest on XLA's sum of a row. On CPU it adds up to 32 numbers one after another in arrays of less than 2¹⁵,

@@ -265,3 +265,13 @@ def test_a_choice_is_true_or_false(name: str) -> None:
 def test_a_dtype_that_jax_has_not_is_refused() -> None:
     with pytest.raises(TypeError, match=r"^x must be an array of numbers, got dtype float128"):
         jaxact.softmax(np.ones(3, np.longdouble))
+
+
+def test_an_array_of_another_library_is_refused() -> None:
+    class Series:
+        dtype = np.dtype("float32")
+
+    calls: dict[str, Any] = {"x": jaxact.softmax, "where": lambda mask: jaxact.softmax(X, where=mask)}
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name} must be an array of JAX or NumPy or a number, got Series"):
+            call(Series())

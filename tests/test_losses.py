@@ -461,3 +461,14 @@ def test_no_rows_of_many_classes() -> None:
     value, gradient = jax.value_and_grad(lambda x: losses.softmax_cross_entropy_with_integer_labels(x, y).sum())(x)
     assert value == 0
     assert gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_label_that_is_a_sum_of_probabilities_may_be_rounded_to_more_than_1(dtype: str) -> None:
+    unit = float(jnp.finfo(dtype).eps)
+    x, labels = jnp.array([2.0, -3.0, 2.0, -3.0]), jnp.array([1 + unit, 1 + 4 * unit, -unit / 8, 1], dtype)
+    for loss in (binary_loss, functools.partial(focal_loss, gamma=2.0)):
+        np.testing.assert_array_equal(np.asarray(loss(x, labels)), np.asarray(loss(x, jnp.clip(labels, 0, 1))))
+        slopes = jax.grad(lambda y, loss=loss: loss(x, y).sum())
+        np.testing.assert_array_equal(np.asarray(slopes(labels)), np.asarray(slopes(jnp.clip(labels, 0, 1))))
+        assert np.isnan(loss(x, labels + 8 * unit)[:2]).all()

@@ -424,3 +424,45 @@ def test_infinite_arguments() -> None:
     x[0, 1] = np.nan
     report = verify.rule(lambda x: jnp.exp(jnp.where(x > -9, x, -9)), x, transforms=())
     assert report.verdict != "refuted", str(report)
+
+
+def test_a_forward_pass_that_is_wrong_under_a_transformation_alone() -> None:
+    @custom_vmap
+    def normalised(x: Any) -> Any:
+        return jax.nn.softmax(x)
+
+    @normalised.def_vmap
+    def _(size: int, batched: Any, x: Any) -> Any:
+        return jax.nn.softmax(x, axis=0), True
+
+    def with_forward(value: Any, f: Any, backward: Any) -> Any:
+        g = jax.custom_vjp(f)
+        g.defvjp(lambda x: (value(x), x), backward)
+        return g
+
+    def of_softmax(x: Any, g: Any) -> Any:
+        return jax.vjp(jax.nn.softmax, x)[1](g)
+
+    rules = {
+        "in a batch": with_forward(normalised, lambda x: jax.nn.softmax(x), of_softmax),
+        "under jit": with_forward(
+            lambda x: jnp.sin(x) * (1.1 if isinstance(x, jax.core.Tracer) else 1),
+            jnp.sin,
+            lambda x, g: (g * jnp.cos(x),),
+        ),
+    }
+    for where, f in rules.items():
+        report = verify.rule(f, jnp.array([1.0, 2.0, 3.0]))
+        assert report.verdict == "refuted", str(report)
+        assert any(f"the reverse rule's own primal {where} is " in reason for reason in report.reasons)
+        assert verify.rule(f, jnp.array([1.0, 2.0, 3.0]), transforms=())  # nor is it looked at
+
+
+@pytest.mark.parametrize("most", [1.0, 1e4, 1e8])
+def test_a_rule_that_clips_its_cotangent(most: float) -> None:
+    f = jax.custom_vjp(lambda x: x)
+    f.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -most, most),))
+    report = brief(f, jnp.array([1.0, 2.0, 3.0]))
+    assert report.verdict == "refuted", str(report)
+    if most > 1e4:
+        assert "the backward rule is not linear: for 1.07e+09 times a cotangent" in report.reasons[0]

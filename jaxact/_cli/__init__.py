@@ -6,6 +6,7 @@ sentence, with exit status 2. Modules import what is heavy or optional in `run`,
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(COMMANDS[arguments.command].run(arguments))
     except argparse.ArgumentError as error:
         command.error(str(error))
+    except BrokenPipeError:  # who reads it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so, as it ends
+        sys.exit(1)
     except OSError as error:  # what is printed may have nowhere to go
         command.error(error.strerror or str(error))
     except KeyboardInterrupt:

@@ -61,7 +61,7 @@ def _hardware() -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": cores(),
         "memory": memory,
-        "device": f"{jax.default_backend()}, {jax.devices()[0].device_kind}",
+        "device": ", ".join(dict.fromkeys((jax.default_backend(), jax.devices()[0].device_kind))),
     }
 
 

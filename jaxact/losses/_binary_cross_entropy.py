@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxact._canonical import (
@@ -42,7 +42,8 @@ def sigmoid_binary_cross_entropy(
         where: boolean, broadcastable to the shape of `logits`. False means that this element does not count.
 
     Returns:
-        One loss ≥ 0 per element, in float32 for 16-bit logits; 0 where masked; nan for a label outside [0, 1].
+        One loss ≥ 0 per element, in float32 for 16-bit logits; 0 where masked; nan for a label outside [0, 1] by more
+        than the four units by which a sum of probabilities may be rounded: what is beyond by less counts as 0 or 1.
 
     Raises:
         TypeError: if an argument is complex or not an array, `where` not boolean.
@@ -92,9 +93,14 @@ def _binary_cross_entropy_of_any(
 
 
 def label_probability(labels: ArrayLike, x: Array, where: ArrayLike | None) -> Array:
-    """The labels of logits `x` in the dtype to compute in; nan outside [0, 1]."""
+    """The labels of logits `x` in the dtype to compute in; nan outside [0, 1].
+
+    A sum of probabilities may round to a little more than 1, and counts as 1: up to four units of the labels' dtype.
+    """
     y = like_logits("labels", labels, x, where, 0)
-    return jnp.where(y * (1 - y) >= 0, y, jnp.nan)
+    beyond = lax.stop_gradient(y - jnp.clip(y, 0, 1))
+    unit = float(jnp.finfo(as_float("labels", labels).dtype).eps)
+    return jnp.where(jnp.abs(beyond) <= 4 * unit, y - beyond, jnp.nan)
 
 
 def like_logits(name: str, value: ArrayLike, x: Array, where: ArrayLike | None, fill: float) -> Array:

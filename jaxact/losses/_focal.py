@@ -41,7 +41,8 @@ def sigmoid_focal_loss(
         where: boolean, broadcastable to the shape of `logits`. False means that this element does not count.
 
     Returns:
-        One loss ≥ 0 per element, in float32 for 16-bit logits; 0 where masked; nan for a label outside [0, 1].
+        One loss ≥ 0 per element, in float32 for 16-bit logits; 0 where masked; nan for a label outside [0, 1], but for
+        four units of rounding, as in `sigmoid_binary_cross_entropy`.
 
     Raises:
         TypeError: if an argument is complex or not an array, `where` not boolean.

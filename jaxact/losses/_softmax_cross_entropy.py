@@ -97,9 +97,9 @@ def softmax_cross_entropy_with_integer_labels(
     Numerics:
         log1p of the sum over all classes but the label's. So the loss keeps its digits when it is small: with logits
         [20, 0] and label 0 it is 2.06e-9, where log Σ e^z − z_y gives 0. Of z, which temperature and cap round, it has
-        at most 6 ulp at any scale, and its gradient 16·u of each entry, as hardly a logit is rounded when it is
-        shifted; but a class whose logit is 87 or more (708 in float64) below the label's is lost. Held by
-        `tests/test_losses.py`.
+        at most 8 ulp at any scale, and its gradient 16·u of each entry, as hardly a logit is rounded when it is
+        shifted; but a class whose logit is 87 or more (708 in float64) below the label's is lost, and XLA's sum of a
+        row may lose more, as `softmax` says: 15 ulp and 27·u have been seen. Held by `tests/test_losses.py`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -228,8 +228,9 @@ def softmax_cross_entropy(
 
     Numerics:
         The distance of each logit from the maximum, and log1p of the sum over all classes but one at the maximum. Of
-        one-hot labels at most 14 ulp beyond the rounding of x − m; but of a class that is 87 or more (708 in float64)
-        below the maximum only the distance counts. Held by `tests/test_losses.py`.
+        one-hot labels at most 14 ulp beyond the rounding of x − m, but for the sums that `softmax` speaks of; and of a
+        class that is 87 or more (708 in float64) below the maximum only the distance counts. Held by
+        `tests/test_losses.py`.
 
     Example:
         >>> import jax.numpy as jnp

@@ -78,10 +78,10 @@ def rule(
         >>> print(report.verdict, "-", report.reasons[0])
         refuted - the backward rule returns 0 where the derivative is 2.061e-09 (x = 20); 1 − f(x) has cancelled
     """
-    wanted = () if modes == "auto" else _some_of("modes", modes, MODES)
+    wanted = () if modes == "auto" else _some_of('modes must be "auto" or', modes, MODES)
     if modes != "auto" and not wanted:
         raise ValueError(f'modes must be "auto" or of {MODES}, got {modes!r}.')
-    transforms = _some_of("transforms", transforms, TRANSFORMS)
+    transforms = _some_of("transforms must be", transforms, TRANSFORMS)
     for name, value, least in (("order", order, 1), ("directions", directions, 1), ("seed", seed, 0)):
         canonical_int(name, value, least)
     for name, f_or_none in (("reference", reference), ("derivative", derivative)):
@@ -102,14 +102,14 @@ def rule(
     ).run()  # fmt: skip
 
 
-def _some_of(name: str, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
-    """One of the choices, or several."""
+def _some_of(must_be: str, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """One of the choices, or several; the first words of the error."""
     try:
         some = (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
-        raise TypeError(f"{name} must be one or more of {choices}, got {value!r}.") from None
+        raise TypeError(f"{must_be} one or more of {choices}, got {value!r}.") from None
     if not all(isinstance(one, str) and one in choices for one in some):
-        raise ValueError(f"{name} must be one or more of {choices}, got {value!r}.")
+        raise ValueError(f"{must_be} one or more of {choices}, got {value!r}.")
     return some
 
 
