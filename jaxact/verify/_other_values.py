@@ -1,13 +1,16 @@
 """What should be the value of `f` as well: that of its rules' forward passes, and of the reference."""
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxact.verify._compare import Comparison, close
 from jaxact.verify._jacobian import products_by_autodiff
-from jaxact.verify._problem import Problem
+from jaxact.verify._problem import Leaves, Problem, Spec, ravel_one, unravel
 from jaxact.verify._reference import reference_value
 from jaxact.verify._report import apart
 
@@ -38,10 +41,44 @@ def _size_by_signs(problem: Problem, inputs: np.ndarray) -> np.ndarray:
         return np.nan_to_num(2 * np.sqrt(np.mean(np.square(products), 0)), posinf=0)
 
 
-def other_values(comparison: Comparison, modes: tuple[str, ...], reference: Any) -> dict[str, np.ndarray]:
+def _primal(flat: Any, mode: str, *floats: Any) -> Leaves:
+    """The value that a rule's forward pass returns beside the derivative."""
+    if mode == "reverse":
+        return jax.vjp(flat, *floats)[0]
+    return jax.jvp(flat, floats, tuple(jax.device_put(np.zeros(x.shape, x.dtype)) for x in floats))[0]
+
+
+def _transformed(f: Any, spec: Spec, modes: Any, transforms: Any, floats: Leaves, others: Leaves, batch: Leaves) -> Any:
+    """All of them in one program: they are one by one, and the second of each batch."""
+    values, flat = {}, spec.of_floats(f, others)
+    for mode in modes:
+        if "jit" in transforms:
+            values[f"the {mode} rule's own primal under jit"] = _primal(flat, mode, *floats)
+        if "vmap" in transforms:
+            rows = jax.vmap(functools.partial(_primal, flat, mode))(*batch)
+            values[f"the {mode} rule's own primal in a batch"] = tuple(y[1] for y in rows)
+    return values
+
+
+def _primals(problem: Problem, modes: tuple[str, ...], transforms: tuple[str, ...]) -> dict[str, np.ndarray]:
+    flat = problem.spec.of_floats(problem.f, problem.others)
+    with problem.precision():
+        values = {f"the {mode} rule's own primal": _primal(flat, mode, *problem.floats) for mode in modes}
+        if {"jit", "vmap"} & {*transforms}:
+            # Other arguments come first in the batch, and their value may be what is returned for all.
+            batch = tuple(unravel(np.stack([problem.x * 1.125, problem.x]), problem.in_shapes))
+            transformed = problem.compiled(_transformed, problem.f, problem.spec, modes, transforms)
+            with contextlib.suppress(Exception):  # what raises here, products raise as well
+                values |= transformed(problem.floats, problem.others, batch)
+        return {name: ravel_one(value) for name, value in values.items()}
+
+
+def other_values(
+    comparison: Comparison, modes: tuple[str, ...], reference: Any, transforms: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
     """What should be the value of f as well."""
     problem = comparison.problem
-    others = {f"the {mode} rule's own primal": problem.primal_of(mode) for mode in modes}
+    others = _primals(problem, modes, transforms)
     if comparison.oracle.layout.whole:
         value = reference_value(problem, reference)
         others |= {} if value is None else {"the reference": value}

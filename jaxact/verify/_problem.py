@@ -222,22 +222,6 @@ class Problem:
 
             return ravel_one(product_along(product, outer, start, moved))[None]
 
-    def primal_of(self, mode: str) -> np.ndarray:
-        """The value that the rule's forward pass returns beside the derivative."""
-        with self.precision():
-            return ravel_one(primal_beside(self.spec.of_floats(self.f, self.others), mode, self.floats))
-
-    def transformed_primals(
-        self, modes: tuple[str, ...], transforms: tuple[str, ...]
-    ) -> dict[tuple[str, str], np.ndarray]:
-        """The same of each mode, under "jit" and, of a batch with other arguments in it, under "vmap"."""
-        wanted = tuple(t for t in ("jit", "vmap") if t in transforms)
-        # Copied here, as the batches of `_batch`; and other arguments come first, whose value it might be.
-        batch = tuple(unravel(np.stack([self.x * 1.125, self.x]), self.in_shapes))
-        with self.precision():
-            values = self.compiled(primals_of, self.f, self.spec, modes, wanted)(self.floats, self.others, batch)
-        return {key: ravel_one(value) for key, value in values.items()}
-
 
 def _role(leaf: Any) -> Any:
     if isinstance(leaf, float):
@@ -290,34 +274,6 @@ def ravel_one(leaves: Sequence[Any]) -> np.ndarray:
 def product_along(flat: Callable[..., Leaves], mode: str, floats: Leaves, vector: Leaves) -> Leaves:
     """Jᵀg or J v of a function of float leaves."""
     return jax.vjp(flat, *floats)[1](vector) if mode == "reverse" else jax.jvp(flat, floats, vector)[1]
-
-
-def primal_beside(flat: Callable[..., Leaves], mode: str, floats: Leaves) -> Leaves:
-    """The value that a rule's forward pass returns."""
-    if mode == "reverse":
-        return jax.vjp(flat, *floats)[0]
-    return jax.jvp(flat, floats, tuple(jax.device_put(np.zeros(x.shape, x.dtype)) for x in floats))[0]
-
-
-def primals_of(
-    f: Any,
-    spec: Spec,
-    modes: tuple[str, ...],
-    transforms: tuple[str, ...],
-    floats: Leaves,
-    others: Leaves,
-    batch: Leaves,
-) -> dict[tuple[str, str], Leaves]:
-    def primal(mode: str, *floats: Any) -> Leaves:
-        return primal_beside(spec.of_floats(f, others), mode, floats)
-
-    values = {}
-    for mode in modes:
-        if "jit" in transforms:
-            values[mode, "jit"] = primal(mode, *floats)
-        if "vmap" in transforms:
-            values[mode, "vmap"] = tuple(y[1] for y in jax.vmap(functools.partial(primal, mode))(*batch))
-    return values
 
 
 def eager_products(f: Any, spec: Spec, mode: str, floats: Leaves, others: Leaves, vectors: Sequence[Any]) -> Any:

@@ -1,6 +1,5 @@
 """One verification by `rule`: the checks in their order, and what each of them found."""
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -162,17 +161,13 @@ class Session:
     def _primal(self) -> None:
         """Values: of the rules' forward passes, of f under transformations, of the reference."""
         problem, reasons = self.problem, self.findings.reasons
-        others = other_values(self.comparison, self.modes, self.reference if self.knows_value else None)
+        reference = self.reference if self.knows_value else None
+        others = other_values(self.comparison, self.modes, reference, self.transforms)
         if "jit" in self.transforms:
             try:
                 others["f under jit"] = problem.value("jit")
             except Exception as error:
                 reasons.append(f"f raises {type(error).__name__} under jit")
-        under = {"jit": "under jit", "vmap": "in a batch"}
-        # What raises there, products raise as well.
-        with contextlib.suppress(Exception):
-            primals = problem.transformed_primals(self.modes, self.transforms)
-            others |= {f"the {mode} rule's own primal {under[t]}": value for (mode, t), value in primals.items()}
         for name, i, came, due in values_apart(others, problem.value(), allowed(self.comparison)):
             reasons.append(f"{name} is {came} where f is {due} (output {i})")
         if reasons:
