@@ -339,6 +339,15 @@ def test_a_closed_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert results(tmp_path)["settings"]["weight_decay"] == 0.01
 
 
+def test_a_reader_that_has_seen_enough() -> None:
+    program = "from jaxact import _cli; _cli.converge.run = lambda _: print('x' * 10**6); _cli.main(['converge'])"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        process = subprocess.run([sys.executable, "-c", program], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (process.returncode, process.stderr) == (1, "")
+
+
 def test_the_gaps_have_a_mark_at_each_decade() -> None:
     apart = Twins(trained(1, 1, 1).sigmoid, trained(1, 1 + 2e-7, 1 + 6e-7).softmax)
     nothing: Any = None
