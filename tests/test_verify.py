@@ -451,7 +451,7 @@ def test_bad_arguments() -> None:
     bad: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "modes must be", {"modes": "backward"}),
         (ValueError, "modes must be", {"modes": ()}),
-        (TypeError, "modes must be one or more of .*, got 3", {"modes": 3}),
+        (TypeError, 'modes must be "auto" or one or more of .*, got 3', {"modes": 3}),
         (ValueError, "transforms must be one or more of .*, got .'pmap'", {"transforms": ("pmap",)}),
         (TypeError, "transforms must be one or more of .*, got 3", {"transforms": 3}),
         (ValueError, "order must be at least 1, got 0", {"order": 0}),
