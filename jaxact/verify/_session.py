@@ -225,7 +225,7 @@ class Session:
         oracle = self.comparison.oracle
         given = oracle.kind == "derivative" and self._has_slopes_in_jax()
         if not given and (not oracle.autodiff or (oracle.kind == "numpy" and not oracle.exact)):
-            why = "of a second derivative there is no oracle where autodiff of what f computes is wrong, as at ties"
+            why = "of a second derivative there is no oracle where autodiff of what f computes is wrong"
             self.findings.add(name, INCONCLUSIVE, why, f"{why}; give derivative=, or reference=, in JAX")
             return
         for each in self.modes:
