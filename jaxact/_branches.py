@@ -1,5 +1,6 @@
 """A second way to a result, for where some row needs it: a branch where that costs less than the pass it may save."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,23 @@ def unless_all(condition: Array, exact: Callable[..., Any], quick: Callable[...,
     if not on_cpu() or few(*jax.tree.leaves(operands)):
         return exact(*operands)
     return lax.cond(_all(condition), quick, exact, *operands)
+
+
+def needing(quick: Callable[..., Array], count: int) -> Callable[..., Array]:
+    """`quick`, as a function that needs its first operands, for a branch of what is linear in others.
+
+    In the transpose of a branch JAX 0.10 writes down, as zeros of its size, any constant that it alone does not need.
+    """
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def as_needing(*operands: Any) -> Array:
+        result = quick(*operands)
+        for a in jax.tree.leaves(operands[:count]):
+            # 1 in any case, as XLA knows. JAX does not, and so keeps the operand for this.
+            result = result * jnp.where(jnp.any(a > 0), 1, 1)
+        return result
+
+    return as_needing
 
 
 @jax.custom_batching.custom_vmap

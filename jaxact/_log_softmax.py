@@ -25,8 +25,8 @@ from jaxact._forward_mode import forward_mode
 from jaxact._jacobian import uncontracted
 from jaxact._limits import is_possible
 from jaxact._reductions import Axes, at_once, maximum, spread, sum_over
-from jaxact._row_sums import RowSums, Sums, Total, below, but_maximum, if_dominated, row_sums, undominated
-from jaxact._shared_exponentials import shared_row_sums, shares_sums, without_mean_of_shared
+from jaxact._row_sums import RowSums, Sums, below, but_maximum, if_dominated, row_sums, undominated
+from jaxact._shared_exponentials import of_largest, shared_row_sums, shares_sums, without_mean_of_shared
 from jaxact._softmax import softmax_of_sums, summed_softmax, temperature_of
 
 
@@ -82,15 +82,15 @@ def log_softmax(
 def _log_softmax_of_any(x: ArrayLike, axis: Axis, where: ArrayLike | None, temperature: ArrayLike | None) -> Array:
     x = as_float("x", x)
     axes = canonical_axis(axis, x.ndim)
-    y, _ = _log_softmax(masked(x, where, -math.inf), temperature_of(x, temperature), axes)
+    y, _ = _log_softmax(masked(x, where, -math.inf), temperature_of(x, temperature), axes, False)
     return masked(y, where, -math.inf)  # as in softmax
 
 
 @forward_mode
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _log_softmax(x: Array, t: Array | None, axis: Axes, differentiated: bool) -> tuple[Array, RowSums]:
     """Log-softmax over the axes, and the sums it is made of, as constants."""
-    shared = shares_sums(x, t, axis)
+    shared = shares_sums(x, t, axis, differentiated)
     sums = shared_row_sums(x, axis) if shared else row_sums(x, t, axis)
     # Behind a barrier, as in `softmax_of_sums`: XLA would otherwise write down what the sums have found already, wide.
     # Not in one kernel, which it would part.
@@ -104,17 +104,17 @@ def _log_softmax(x: Array, t: Array | None, axis: Axes) -> tuple[Array, RowSums]
     return ((d if t is None else d / t) - spread(jnp.log1p(sums.others), axis)).astype(x.dtype), sums
 
 
-def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes) -> Any:
-    y, sums = _log_softmax(x, t, axis)
-    return (y, sums), (x, t, kept_sums(x, t, sums, axis))
+def _log_softmax_fwd(x: Array, t: Array | None, axis: Axes, _: bool) -> Any:
+    y, sums = _log_softmax(x, t, axis, True)
+    return (y, sums), (x, t, kept_sums(x, sums, axis, shares_sums(x, t, axis, True)))
 
 
-def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
+def _log_softmax_bwd(axis: Axes, _: bool, residuals: Any, cotangents: Any) -> Any:
     x, t, sums = residuals
-    v = without_mean(widen, x, t, sums, axis, cotangents[0])
+    v = without_mean(widen, x, t, sums, axis, cotangents[0], shared=shares_sums(x, t, axis, True))
     if t is None:
         return v, None
-    log_p = _log_softmax(widen(x), t, axis)[0]
+    log_p = _log_softmax(widen(x), t, axis, False)[0]
     possible = log_p > -jnp.inf
     t_bar = -jnp.sum(jnp.where(possible, v * jnp.where(possible, log_p, 0), 0)) / t
     return (v / t).astype(x.dtype), t_bar
@@ -123,11 +123,9 @@ def _log_softmax_bwd(axis: Axes, residuals: Any, cotangents: Any) -> Any:
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 
-def kept_sums(x: Array, t: Array | None, sums: RowSums, axis: Axes) -> Any:
+def kept_sums(x: Array, sums: RowSums, axis: Axes, shared: bool) -> Any:
     """What `without_mean` needs of the sums."""
-    if shares_sums(x, t, axis):
-        return Total(sums.peak, sums.total)
-    return None if at_once(x, axis) else sums
+    return sums if shared or not at_once(x, axis) else None
 
 
 def without_mean(
@@ -137,23 +135,23 @@ def without_mean(
     sums: Any,
     axis: Axes,
     *operands: Array,
+    shared: bool = False,
     all_count: bool = False,
 ) -> Array:
     """ȳ − p Σ ȳ, with ȳ = `cotangent(*operands)`, wide; in the dtype of x if t is None.
 
     The log p of a logit of −inf is constant, and its ȳ does not count, but where it is known that `all_count`. `sums`
-    are what is kept of them: None where all is done at once (`at_once`).
+    are what is kept of them: None where all is done at once (`at_once`); of exponentials that may be `shared`.
 
     What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
     """
+    if shared:
+        return without_mean_of_shared(cotangent, x, sums, axis, *operands)
     result = x.dtype if t is None else widen(x).dtype
 
     def counting(x: Array, *operands: Array) -> Array:
         g = cotangent(*operands)
         return g if all_count else g * is_possible(x)
-
-    if isinstance(sums, Total):
-        return without_mean_of_shared(counting(x, *operands), x, sums, axis)
 
     # At a class that has more than half, ȳ − p Σ ȳ cancels, and nothing is left of 1 − p where p rounds to 1.
     def once(p: Array, g: Array) -> Array:
@@ -179,15 +177,12 @@ def without_mean(
         x = widen(x)
         p = softmax_of_sums(x, t, Sums(sums.peak, sums.total), axis, jnp.exp)
         g = uncontracted(counting(x, *operands), p, axis)
-        # There it is ȳ (1 − p) − p Σ of the others' ȳ, and the others' share of the sum is known.
         is_other = jnp.maximum(
             but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)
         )
         total, of_others = (spread(sum_over(a, axis), axis) for a in (g, g * is_other))
-        share, fixed = lax.stop_gradient((spread(sums.others / (1 + sums.others), axis), p))
-        # The last term is 0, and is the derivative in p, for which Σ ȳ is whole: the two sums may cancel in it.
-        of_largest = g * share - fixed * of_others - (p - fixed) * total
-        v = (g - p * total) * is_other + of_largest * (1 - is_other)
+        at_largest = of_largest(g, p, total, of_others, spread(sums.others, axis))
+        v = (g - p * total) * is_other + at_largest * (1 - is_other)
         return uncontracted(v, p, axis).astype(result)
 
     return if_dominated(sums.others, exact, quick, x, t, sums, *operands)

@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from jaxact._branches import needing, unless_all
 from jaxact._exponentials import scaled_exponentials
 from jaxact._forward_mode import forward_mode
 from jaxact._jacobian import certain, over_total, times_jacobian
-from jaxact._limits import finite
+from jaxact._limits import finite, is_possible
 from jaxact._reductions import Axes, class_by_class, few, maximum, on_cpu, size, small, spread, sum_over
-from jaxact._row_sums import RowSums, Total, if_dominated, undominated, written_sum
+from jaxact._row_sums import RowSums, Total, but_maximum, if_dominated, undominated, written_sum
 
 
 def shares(x: Array, axis: Axes) -> bool:
@@ -30,13 +31,19 @@ def shares(x: Array, axis: Axes) -> bool:
     return on_cpu() and x.dtype == jnp.float32 and not class_by_class(x, axis)
 
 
-def shares_sums(x: Array, t: Array | None, axis: Axes) -> bool:
+def shares_sums(x: Array, t: Array | None, axis: Axes, differentiated: bool = False) -> bool:
     """Whether the sum over all but the largest class shares them too.
 
-    So in arrays of up to 4 MB of float32. Of larger ones to write and read what they need takes longer than to find
-    exponentials twice, in one kernel each; and so it does of few numbers, where that takes no time.
+    So in arrays of up to 4 MB of float32, and in any that is `differentiated` where value and gradient have its size:
+    the gradient takes their place. Elsewhere to write and read them takes longer than to find them twice, in one kernel
+    each; and so it does of few numbers, where that takes no time.
     """
-    return t is None and shares(x, axis) and not few(x) and size(x) <= 2**20
+    return t is None and shares(x, axis) and not few(x) and (differentiated or _fits(x))
+
+
+def _fits(x: Array) -> bool:
+    """Whether an array of this size is cheap to write down."""
+    return size(x) <= 2**20
 
 
 @forward_mode
@@ -64,38 +71,70 @@ def shared_row_sums(x: Array, axis: Axes) -> RowSums:
     e, at_peak = scaled_exponentials(x, peak, axis)
     total = written_sum(e, axis)
     all_but_one = total / at_peak - 1
+    # What a branch is given stays in memory. Without it XLA would make a slow loop of exponentials that have no other
+    # use; with it, the gradient could not take their place.
+    given = (e, at_peak) if _fits(x) else ()
 
-    def exact(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
+    def exact(x: Array, peak: Array, all_but_one: Array, *given: Array) -> Array:
+        e, at_peak = given or scaled_exponentials(x, peak, axis)
         alone = sum_over(jnp.where(x >= spread(peak, axis), 0, e), axis) / at_peak
         return jnp.where(undominated(all_but_one), all_but_one, alone)
 
-    def quick(x: Array, e: Array, peak: Array, at_peak: Array, all_but_one: Array) -> Array:
+    def quick(x: Array, peak: Array, all_but_one: Array, *given: Array) -> Array:
         return all_but_one
 
-    others = _if_dominated(all_but_one, exact, quick, x, e, peak, at_peak, all_but_one)
+    others = _if_dominated(all_but_one, exact, quick, x, peak, all_but_one, *given)
     # Not the total: of many that are each just too small to count beside the one, a sum one after another loses all.
     return RowSums(peak, jnp.where(total == 0, 0, 1 + others), others)
 
 
-def without_mean_of_shared(g: Array, x: Array, total: Total, axis: Axes) -> Array:
-    """ȳ − p Σ ȳ. What of it cancels, at a class that has more than half, is minus the sum of the rest: all sum to 0."""
-    p = softmax_of_shared(x, total, axis)
+def without_mean_of_shared(
+    cotangent: Callable[..., Array], x: Array, sums: RowSums, axis: Axes, *operands: Array
+) -> Array:
+    """ȳ − p Σ ȳ, with ȳ = `cotangent(*operands)`, or 0 where a logit is −inf."""
+
+    def counting(x: Array, *operands: Array) -> Array:
+        return cotangent(*operands) * is_possible(x)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_possible(x: Array, *operands: Array) -> Array:
+        return sum_over(counting(x, *operands), axis)
+
+    def of_all(x: Array, *operands: Array) -> Array:
+        return sum_over(cotangent(*operands), axis)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_others(x: Array, peak: Array, g_sum: Array, *operands: Array) -> Array:
+        return sum_over(counting(x, *operands) * but_maximum(x, peak, axis), axis) / 2
+
+    def of_none(x: Array, peak: Array, g_sum: Array, *operands: Array) -> Array:
+        return 0 * g_sum
+
+    if small(x):
+        g_sum = of_possible(x, *operands)
+    else:
+        # To look for −inf takes a third of the time that it takes to multiply by what is possible.
+        least = jnp.min(lax.stop_gradient(x), axis)
+        g_sum = unless_all(least > -jnp.inf, of_possible, needing(of_all, 1), x, *operands)
     # The selection changes nothing, as p is 0 there. But the library takes in no selection, and so not the product with
     # it, for which it would need p in memory.
-    g_sum = jnp.where(total.sum == 0, 0, sum_over(g, axis))
-    others = total.sum - 1
-    # The maximum where a class has more than half. No number is as large as nan.
-    top = jnp.where(undominated(others), jnp.nan, total.shift)
+    g_sum = jnp.where(sums.total == 0, 0, g_sum)
+    others_sum = _if_dominated(sums.others, of_others, needing(of_none, 2), x, sums.peak, g_sum, *operands)
+    p, g = softmax_of_shared(x, Total(sums.peak, sums.total), axis), counting(x, *operands)
+    at_largest = of_largest(g, p, spread(g_sum, axis), spread(others_sum, axis), spread(sums.others, axis))
+    # No number is as large as nan.
+    top = jnp.where(undominated(sums.others), jnp.nan, sums.peak)
+    return jnp.where(x >= spread(top, axis), at_largest, g - p * spread(g_sum, axis))
 
-    def exact(x: Array, p: Array, g: Array, g_sum: Array, top: Array) -> Array:
-        return sum_over(jnp.where(x >= spread(top, axis), 0, g - p * spread(g_sum, axis)), axis)
 
-    def quick(x: Array, p: Array, g: Array, g_sum: Array, top: Array) -> Array:
-        return jnp.zeros_like(g_sum)
+def of_largest(g: Array, p: Array, g_sum: Array, others_sum: Array, others: Array) -> Array:
+    """ȳ − p Σ ȳ at the one class that has more than half, where it cancels.
 
-    of_others = _if_dominated(others, exact, quick, x, p, g, g_sum, top)
-    v = g - p * spread(g_sum, axis)
-    return jnp.where(x >= spread(top, axis), -spread(of_others, axis), v)
+    There it is ȳ (1 − p) − p Σ of the others' ȳ, and the others' share of the sum is known.
+    """
+    share, fixed = lax.stop_gradient((others / (1 + others), p))
+    # The last term is 0, and is the derivative in p, for which Σ ȳ is whole: the two sums may cancel in it.
+    return g * share - fixed * others_sum - (p - fixed) * g_sum
 
 
 def _if_dominated(others: Array, exact: Callable[..., Any], quick: Callable[..., Any], x: Array, *operands: Any) -> Any:

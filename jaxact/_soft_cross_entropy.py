@@ -73,7 +73,7 @@ def _below_or_impossible(x: Array, peak: Array) -> Array:
 
 def _soft_losses_fwd(x: Array, q: Array) -> Any:
     loss, sums = soft_losses(x, q)
-    kept = kept_sums(x, None, sums, (x.ndim - 1,))
+    kept = kept_sums(x, sums, (x.ndim - 1,), shares_sums(x, None, (x.ndim - 1,)))
     return (loss, sums), (x, q, loss if kept is None else kept)
 
 
@@ -97,8 +97,8 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
         finite = jnp.isfinite(lax.stop_gradient(kept))
         x_bar = unless_all(finite, in_one(False), in_one(True), x, g, q)
     else:
-        x_bar = without_mean(of_log_p, x, None, kept, axis, g, q)
-    log_p = _log_softmax(widen(x), None, axis)[0]
+        x_bar = without_mean(of_log_p, x, None, kept, axis, g, q, shared=shares_sums(x, None, axis))
+    log_p = _log_softmax(widen(x), None, axis, False)[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
     return x_bar.astype(x.dtype), q_bar.astype(q.dtype)
 

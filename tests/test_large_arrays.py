@@ -249,3 +249,46 @@ def test_what_the_others_sum_up_to_is_not_flushed(name: str, shape: tuple[int, i
     y = np.zeros(shape[0], int)
     for value in (alone(x, y), value_and_slope(name, x, y)[0]):
         np.testing.assert_allclose(value, want, rtol=12 * 2.0**-23)  # the docstring's bound
+
+
+def rows_of_a_kind(kind: str, rows: int, classes: int) -> Any:
+    if kind == "all":
+        each = [rows_of_a_kind(k, rows // 4, classes) for k in ("even", "dominated", "impossible", "both")]
+        return np.random.default_rng(2).permutation(np.concatenate(each))
+    x = softmax_oracle.logits("dominated" if kind in ("dominated", "both") else 2, rows, classes).astype(np.float32)
+    if kind in ("impossible", "both"):
+        absent = np.random.default_rng(1).random(x.shape) < 0.1
+        x[absent & (x < x.max(1, keepdims=True))] = -INF
+    return x
+
+
+# A row in which a class has more than half, or is impossible, has sums of its own, which are left out of arrays in
+# which there is none. What is written down differs up to 2¹⁵ numbers, up to 2²⁰, and beyond.
+@pytest.mark.parametrize("kind", ["even", "dominated", "impossible", "both", "all"])
+@pytest.mark.parametrize("shape", [(100, 100), (300, 1000), (1100, 1000)])
+def test_a_derivative_of_log_softmax_in_rows_of_each_kind(shape: tuple[int, int], kind: str) -> None:
+    x, rng = rows_of_a_kind(kind, *shape), np.random.default_rng(3)
+    v = rng.normal(size=x.shape).astype(np.float32)
+    here = np.isfinite(x)
+    v[~here] = 1e6  # the logarithm of an impossible class is constant
+    value, pull = jax.jit(lambda x, v: (jaxact.log_softmax(x), jax.vjp(jaxact.log_softmax, x)[1](v)[0]))(x, v)
+    push = jax.jit(lambda x, v: jax.jvp(jaxact.log_softmax, (x,), (v,))[1])(x, v)
+    np.testing.assert_array_equal(np.asarray(value)[~here], -INF)
+    v[~here] = 0
+    for got, mode, limit in ((pull, "vjp", 10), (push, "jvp", 20)):  # as in test_softmax_derivatives.py
+        want, size = softmax_oracle.exact_product("log_softmax", mode, x, v)
+        np.testing.assert_array_equal(np.asarray(got)[~here], 0)
+        assert (abs(np.asarray(got, np.float64) - want)[here] <= limit * 2.0**-24 * size[here] + 2.0**-126).all()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the memory of kernels on CPU")
+def test_log_softmax_and_its_gradient_need_no_third_array() -> None:
+    x = jnp.zeros((1100, 1000))
+
+    def value_and_pullback(x: Any, g: Any) -> Any:
+        value, pull = jax.vjp(jaxact.log_softmax, x)
+        return value, pull(g)
+
+    memory = jax.jit(value_and_pullback).lower(x, x).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 64 * len(x)  # numbers for each row, and nothing of the size of the logits
