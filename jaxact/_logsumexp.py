@@ -26,7 +26,7 @@ from jaxact._elementary import exp
 from jaxact._exponentials import UNSHIFTED, scaled_exponentials
 from jaxact._forward_mode import forward_mode
 from jaxact._limits import finite
-from jaxact._reductions import Axes, maximum, spread, sum_over
+from jaxact._reductions import Axes, maximum, small, spread, sum_over
 from jaxact._row_sums import Sums, Total, below, but_maximum, row_sums, total_unshifted, undominated, written_sum
 from jaxact._shared_exponentials import shares, softmax_of_shared
 from jaxact._softmax import softmax_of_sums
@@ -153,7 +153,7 @@ def _logsumexp(x: Array, axis: Axes, differentiated: bool) -> tuple[Array, tuple
 
     That is a `Total` about the maximum where exponentials are shared with the derivative, and else `Sums`.
     """
-    if differentiated and shares(x, axis):
+    if differentiated and _shares(x, axis):
         return _of_shared(x, axis)
 
     def about_maximum(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:
@@ -171,21 +171,26 @@ def _logsumexp(x: Array, axis: Axes, differentiated: bool) -> tuple[Array, tuple
     return out.astype(x.dtype), (sums.peak, sums.total)
 
 
+def _shares(x: Array, axis: Axes) -> bool:
+    """Whether the derivative shares exponentials; of 16 bits in small arrays, since others it finds as quickly anew."""
+    return shares(x, axis) and (x.dtype == jnp.float32 or small(x))
+
+
 def _of_shared(x: Array, axis: Axes) -> tuple[Array, tuple[Array, Array]]:
     """The same where its exponentials are shared with the derivative."""
-    top = maximum(x, axis)
+    top = widen(maximum(x, axis))
     peak = finite(top)
-    e, at_peak = scaled_exponentials(x, peak, axis)
+    e, at_peak = scaled_exponentials(widen(x), peak, axis)
     total = written_sum(e, axis) / at_peak
     others = total - 1
 
     def exact(x: Array, peak: Array, others: Array) -> Array:
-        alone = sum_over(jnp.exp(below(peak, x, axis)) * but_maximum(x, peak, axis), axis) / 2
+        alone = sum_over(jnp.exp(below(peak, widen(x), axis)) * but_maximum(widen(x), peak, axis), axis) / 2
         return jnp.where(undominated(others), others, alone)
 
     # Not of the exponentials, or they would be kept, and what the derivative makes of them not made in place.
     others = unless_all(_settled(top, others), exact, lambda x, peak, others: others, x, peak, others)
-    return top + jnp.log1p(others), (peak, total)
+    return (top + jnp.log1p(others)).astype(x.dtype), (peak, total)
 
 
 def _settled(top: Array, others: Array) -> Array:
@@ -200,8 +205,8 @@ def _logsumexp_fwd(x: Array, axis: Axes, differentiated: bool) -> Any:
 
 def _logsumexp_bwd(axis: Axes, differentiated: bool, residuals: Any, cotangents: Any) -> tuple[Array]:
     x, kept = residuals
-    if shares(x, axis):
-        p = softmax_of_shared(x, Total(*kept), axis)
+    if _shares(x, axis):
+        p = softmax_of_shared(widen(x), Total(*kept), axis)
     else:
         # Not a probability of 16 bits: the product is rounded once. Behind a barrier, as in `softmax_of_sums`, to be
         # widened again.

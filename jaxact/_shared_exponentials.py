@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxact._branches import needing, unless_all
+from jaxact._canonical import compute_dtype, widen
 from jaxact._exponentials import scaled_exponentials
 from jaxact._forward_mode import forward_mode
 from jaxact._jacobian import certain, over_total, times_jacobian
@@ -26,9 +27,11 @@ from jaxact._row_sums import RowSums, Total, but_maximum, if_dominated, undomina
 def shares(x: Array, axis: Axes) -> bool:
     """Whether a derivative shares the exponentials of its value.
 
-    Not of other dtypes: in 16 bits the logits have half the size, and in 64 there is no `exp_over`.
+    In 16 bits the logits have half the size: to write exponentials of more than `_fits` takes longer than to find them
+    twice. In 64 there is no `exp_over`.
     """
-    return on_cpu() and x.dtype == jnp.float32 and not class_by_class(x, axis)
+    narrow = x.dtype == jnp.float32 or (compute_dtype(x.dtype) == jnp.float32 and _fits(x))
+    return on_cpu() and narrow and not class_by_class(x, axis)
 
 
 def shares_sums(x: Array, t: Array | None, axis: Axes, differentiated: bool = False) -> bool:
@@ -38,7 +41,11 @@ def shares_sums(x: Array, t: Array | None, axis: Axes, differentiated: bool = Fa
     the gradient takes their place. Elsewhere to write and read them takes longer than to find them twice, in one kernel
     each; and so it does of few numbers, where that takes no time.
     """
-    return t is None and shares(x, axis) and not few(x) and (differentiated or _fits(x))
+    if t is not None or not shares(x, axis):
+        return False
+    if x.dtype == jnp.float32:
+        return not few(x) and (differentiated or _fits(x))
+    return differentiated and not small(x)
 
 
 def _fits(x: Array) -> bool:
@@ -67,8 +74,8 @@ softmax_of_shared.defvjp(_softmax_of_shared_fwd, _softmax_of_shared_bwd)
 
 
 def shared_row_sums(x: Array, axis: Axes) -> RowSums:
-    peak = finite(maximum(x, axis))
-    e, at_peak = scaled_exponentials(x, peak, axis)
+    peak = finite(widen(maximum(x, axis)))
+    e, at_peak = scaled_exponentials(widen(x), peak, axis)
     total = written_sum(e, axis)
     all_but_one = total / at_peak - 1
     # What a branch is given stays in memory. Without it XLA would make a slow loop of exponentials that have no other
@@ -76,8 +83,8 @@ def shared_row_sums(x: Array, axis: Axes) -> RowSums:
     given = (e, at_peak) if _fits(x) else ()
 
     def exact(x: Array, peak: Array, all_but_one: Array, *given: Array) -> Array:
-        e, at_peak = given or scaled_exponentials(x, peak, axis)
-        alone = sum_over(jnp.where(x >= spread(peak, axis), 0, e), axis) / at_peak
+        e, at_peak = given or scaled_exponentials(widen(x), peak, axis)
+        alone = sum_over(jnp.where(widen(x) >= spread(peak, axis), 0, e), axis) / at_peak
         return jnp.where(undominated(all_but_one), all_but_one, alone)
 
     def quick(x: Array, peak: Array, all_but_one: Array, *given: Array) -> Array:
@@ -94,7 +101,7 @@ def without_mean_of_shared(
     """ȳ − p Σ ȳ, with ȳ = `cotangent(*operands)`, or 0 where a logit is −inf."""
 
     def counting(x: Array, *operands: Array) -> Array:
-        return cotangent(*operands) * is_possible(x)
+        return cotangent(*operands) * is_possible(widen(x))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_possible(x: Array, *operands: Array) -> Array:
@@ -105,7 +112,7 @@ def without_mean_of_shared(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_others(x: Array, peak: Array, g_sum: Array, *operands: Array) -> Array:
-        return sum_over(counting(x, *operands) * but_maximum(x, peak, axis), axis) / 2
+        return sum_over(counting(x, *operands) * but_maximum(widen(x), peak, axis), axis) / 2
 
     def of_none(x: Array, peak: Array, g_sum: Array, *operands: Array) -> Array:
         return 0 * g_sum
@@ -120,11 +127,11 @@ def without_mean_of_shared(
     # it, for which it would need p in memory.
     g_sum = jnp.where(sums.total == 0, 0, g_sum)
     others_sum = _if_dominated(sums.others, of_others, needing(of_none, 2), x, sums.peak, g_sum, *operands)
-    p, g = softmax_of_shared(x, Total(sums.peak, sums.total), axis), counting(x, *operands)
+    p, g = softmax_of_shared(widen(x), Total(sums.peak, sums.total), axis), counting(x, *operands)
     at_largest = of_largest(g, p, spread(g_sum, axis), spread(others_sum, axis), spread(sums.others, axis))
     # No number is as large as nan.
     top = jnp.where(undominated(sums.others), jnp.nan, sums.peak)
-    return jnp.where(x >= spread(top, axis), at_largest, g - p * spread(g_sum, axis))
+    return jnp.where(widen(x) >= spread(top, axis), at_largest, g - p * spread(g_sum, axis)).astype(x.dtype)
 
 
 def of_largest(g: Array, p: Array, g_sum: Array, others_sum: Array, others: Array) -> Array:
