@@ -158,7 +158,7 @@ def _logsumexp(x: Array, axis: Axes, differentiated: bool) -> tuple[Array, tuple
 
     def about_maximum(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:
         top = widen(maximum(x, axis))
-        sums = row_sums(x, None, axis, functools.partial(_settled, top))
+        sums = row_sums(x, None, axis, functools.partial(_settled, top), try_unshifted=False)
         return top + jnp.log1p(sums.others), Sums(sums.peak, sums.total)
 
     def about_zero(x: Array, total: Array, log_total: Array) -> tuple[Array, Sums]:

@@ -15,7 +15,18 @@ from jaxact._branches import unless_all
 from jaxact._canonical import widen
 from jaxact._exponentials import UNSHIFTED, Shift, exponentials, shift_about, shift_of_sum
 from jaxact._limits import at_most, finite
-from jaxact._reductions import Axes, at_once, class_by_class, class_count, maximum, spread, sum_but_largest, sum_over
+from jaxact._reductions import (
+    Axes,
+    at_once,
+    class_by_class,
+    class_count,
+    maximum,
+    on_cpu,
+    small,
+    spread,
+    sum_but_largest,
+    sum_over,
+)
 
 
 class Sums(NamedTuple):
@@ -65,13 +76,28 @@ def undominated(others: Array) -> Array:
     return lax.stop_gradient(others) >= 0.75
 
 
-def row_sums(x: Array, t: Array | None, axis: Axes, suffices: Callable[[Array], Array] = undominated) -> RowSums:
+def row_sums(
+    x: Array,
+    t: Array | None,
+    axis: Axes,
+    suffices: Callable[[Array], Array] = undominated,
+    try_unshifted: bool = True,
+) -> RowSums:
     """The sums of rows. `suffices` says where the sum less 1 may stand for that of the others."""
     if at_once(x, axis):
         return sums_at_once(x, t, axis)
     peak = finite(widen(maximum(x, axis)))
     shift = shift_about(peak, t, class_count(x, axis))
-    total = sum_over(exponentials(widen(x), shift, t, axis), axis)
+
+    def shifted(x: Array, shift: Shift, unshifted: Array) -> Array:
+        return sum_over(exponentials(widen(x), shift, t, axis), axis)
+
+    if t is None and try_unshifted and on_cpu() and not small(x):
+        # Of a maximum from 0 on that is in range nothing is subtracted, and on CPU to do so takes as long as the sum.
+        unshifted, in_range = total_unshifted(x, axis)
+        total = unless_all(in_range & (peak >= 0), shifted, lambda x, shift, unshifted: unshifted, x, shift, unshifted)
+    else:
+        total = shifted(x, shift, peak)
     at_peak = exponentials(peak, shift, t, ())
     all_but_one = total / at_peak - 1
 

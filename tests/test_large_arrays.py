@@ -208,6 +208,20 @@ def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None
     assert (abs(np.asarray(value, np.float64) - want) <= 3 * 2.0**-24 * size).all()  # as above
 
 
+# The sum needs no shift where the maximum is from 0 to 63, and is found with one where some row needs it.
+@pytest.mark.parametrize("offsets", [[0, 30, 57], [-5, 0], [-30, 0], [300, 85, 0, -300]], ids=str)
+@pytest.mark.parametrize("shape", [(1100, 1000), (4096, 300)])
+def test_log_softmax_in_and_out_of_range(shape: tuple[int, int], offsets: list[float]) -> None:
+    x = softmax_oracle.logits(1, *shape) + np.resize(np.array(offsets, float), shape[0])[:, None]
+    for scale in (1, 8):  # of which the second makes most rows dominated
+        rows = np.float32(x * scale)
+        want = softmax_oracle.exact_value("log_softmax", rows)
+        assert oracles.worst_ulp(jaxact.log_softmax(rows), want) <= 12  # as in test_softmax.py
+        rounded = rows.astype(jnp.bfloat16)
+        want = softmax_oracle.exact_value("log_softmax", np.float64(rounded))
+        assert oracles.worst_ulp(jaxact.log_softmax(rounded), want, jnp.bfloat16) <= 0.51  # rounded once
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the memory of kernels on CPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_softmax_of_16_bits_needs_one_array_of_float32(dtype: str) -> None:
