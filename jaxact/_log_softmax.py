@@ -125,7 +125,9 @@ _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 def kept_sums(x: Array, sums: RowSums, axis: Axes, shared: bool) -> Any:
     """What `without_mean` needs of the sums."""
-    return sums if shared or not at_once(x, axis) else None
+    if shared:
+        return sums.peak, sums.others
+    return None if at_once(x, axis) else sums
 
 
 def without_mean(
@@ -146,7 +148,8 @@ def without_mean(
     What a branch is given is written to memory: the operands and not ȳ, which is made of them inside.
     """
     if shared:
-        return without_mean_of_shared(cotangent, x, sums, axis, *operands)
+        peak, others = sums
+        return without_mean_of_shared(cotangent, x, peak, others, axis, *operands)
     result = x.dtype if t is None else widen(x).dtype
 
     def counting(x: Array, *operands: Array) -> Array:

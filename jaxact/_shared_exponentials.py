@@ -96,9 +96,9 @@ def shared_row_sums(x: Array, axis: Axes) -> RowSums:
 
 
 def without_mean_of_shared(
-    cotangent: Callable[..., Array], x: Array, sums: RowSums, axis: Axes, *operands: Array
+    cotangent: Callable[..., Array], x: Array, peak: Array, others: Array, axis: Axes, *operands: Array
 ) -> Array:
-    """ȳ − p Σ ȳ, with ȳ = `cotangent(*operands)`, or 0 where a logit is −inf."""
+    """ȳ − p Σ ȳ, with ȳ = `cotangent(*operands)`, or 0 where a logit is −inf; with sums as in `RowSums`."""
 
     def counting(x: Array, *operands: Array) -> Array:
         return cotangent(*operands) * is_possible(widen(x))
@@ -123,14 +123,15 @@ def without_mean_of_shared(
         # To look for −inf takes a third of the time that it takes to multiply by what is possible.
         least = jnp.min(lax.stop_gradient(x), axis)
         g_sum = unless_all(least > -jnp.inf, of_possible, needing(of_all, 1), x, *operands)
-    # The selection changes nothing, as p is 0 there. But the library takes in no selection, and so not the product with
-    # it, for which it would need p in memory.
-    g_sum = jnp.where(sums.total == 0, 0, g_sum)
-    others_sum = _if_dominated(sums.others, of_others, needing(of_none, 2), x, sums.peak, g_sum, *operands)
-    p, g = softmax_of_shared(widen(x), Total(sums.peak, sums.total), axis), counting(x, *operands)
-    at_largest = of_largest(g, p, spread(g_sum, axis), spread(others_sum, axis), spread(sums.others, axis))
+    # It is never negative. But the library takes in no selection, and so not the product with it, for which it would
+    # need p in memory.
+    g_sum = jnp.where(others < 0, 0, g_sum)
+    others_sum = _if_dominated(others, of_others, needing(of_none, 2), x, peak, g_sum, *operands)
+    # Where no class is left the sum is 0, not 1 as here, but so is each exponential.
+    p, g = softmax_of_shared(widen(x), Total(peak, 1 + others), axis), counting(x, *operands)
+    at_largest = of_largest(g, p, spread(g_sum, axis), spread(others_sum, axis), spread(others, axis))
     # No number is as large as nan.
-    top = jnp.where(undominated(sums.others), jnp.nan, sums.peak)
+    top = jnp.where(undominated(others), jnp.nan, peak)
     return jnp.where(widen(x) >= spread(top, axis), at_largest, g - p * spread(g_sum, axis)).astype(x.dtype)
 
 
