@@ -210,9 +210,8 @@ def test_sums_in_and_out_of_range(shape: tuple[int, int], offset: float) -> None
 
 # The sum needs no shift where the maximum is from 0 to 63, and is found with one where some row needs it.
 @pytest.mark.parametrize("offsets", [[0, 30, 57], [-5, 0], [-30, 0], [300, 85, 0, -300]], ids=str)
-@pytest.mark.parametrize("shape", [(1100, 1000), (4096, 300)])
-def test_log_softmax_in_and_out_of_range(shape: tuple[int, int], offsets: list[float]) -> None:
-    x = softmax_oracle.logits(1, *shape) + np.resize(np.array(offsets, float), shape[0])[:, None]
+def test_log_softmax_in_and_out_of_range(offsets: list[float]) -> None:
+    x = softmax_oracle.logits(1, 1100, 1000) + np.resize(np.array(offsets, float), 1100)[:, None]
     for scale in (1, 8):  # of which the second makes most rows dominated
         rows = np.float32(x * scale)
         want = softmax_oracle.exact_value("log_softmax", rows)
