@@ -83,7 +83,10 @@ def row_sums(
     suffices: Callable[[Array], Array] = undominated,
     try_unshifted: bool = True,
 ) -> RowSums:
-    """The sums of rows. `suffices` says where the sum less 1 may stand for that of the others."""
+    """The sums of rows. `suffices` says where the sum less 1 may stand for that of the others.
+
+    `try_unshifted` is false where it is known already that the plain sum will not do.
+    """
     if at_once(x, axis):
         return sums_at_once(x, t, axis)
     peak = finite(widen(maximum(x, axis)))
