@@ -75,7 +75,7 @@ def made_up(ratio: float = 1.0, spread: float = 0.0, **fields: Any) -> Cell:
 
 
 def outcome(*cells: Cell, **fields: Any) -> Outcome:
-    return dataclasses.replace(Outcome(True, list(cells), (0.5, 0.02), 2, {"softmax": 1.5}), **fields)
+    return dataclasses.replace(Outcome(True, 1.0, list(cells), (0.5, 0.02), 2, {"softmax": 1.5}), **fields)
 
 
 def test_names_are_of_the_subjects() -> None:
@@ -125,6 +125,18 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (out / "bench.md").read_text(encoding="utf-8")
     assert text.count("\n| sigmoid | jax.nn | ") == 2
     assert str(Path.home()) not in text
+
+
+def test_the_scale_is_of_the_logits() -> None:
+    def deviations(scale: float) -> list[float]:
+        of = bench._tasks([*bench.NAMES], "quick", scale)
+        return [float(np.std(s.arguments((40, 50), "float32")[0])) for name, s, *_ in of if name not in apart]
+
+    apart = {"logit", "linear_cross_entropy"}  # which have probabilities, and features
+    assert deviations(8.0) == pytest.approx(8 * np.array(deviations(1.0)))
+    (_, head, *_), *_ = bench._tasks(["linear_cross_entropy"], "quick", 8.0)
+    x, w, _ = head.arguments((40, 64, 50), "float32")
+    assert np.std(x @ w) == pytest.approx(8, rel=0.1)  # over 2000 logits that are not independent
 
 
 def test_a_run_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,14 +275,14 @@ def test_changes_are_found(tmp_path: Path) -> None:
     before = [made_up(1.0, 0.02), made_up(1.0, 0.3, what="value+gradient"), made_up(1.0, dtype="bfloat16")]
     file = tmp_path / "old.json"
     numbers = report.as_json(outcome(*before, made_up(9.0, function="gone")))
-    numbers["versions"]["jax"] = "0.0.1"
+    numbers["versions"]["jax"], numbers["scale"] = "0.0.1", 8.0
     file.write_text(json.dumps(numbers), encoding="utf-8")
     after = [made_up(1.2, 0.05), made_up(1.2, what="value+gradient"), made_up(1.04, dtype="bfloat16")]
     now = outcome(*after, made_up(5.0, function="new"))
     rows, notes = compare.changes(compare.read(file), now)
     assert rows == [("1.00 ±0.02", "1.20 ±0.06", "1.20", "float32", "128×256", "jit", "value", "softmax")]
     assert notes[0] == "1 of 3 cells of both runs have changed by more than both spreads and 5 %"
-    assert notes[1:] == [f"Other versions: jax 0.0.1 → {now.versions['jax']}"]
+    assert notes[1:] == [f"Other versions: jax 0.0.1 → {now.versions['jax']}", "Other logits: scale 8.0 → 1.0"]
     large, small = made_up(1.5), made_up(9.0, what="value+gradient", bytes=4)
     assert [row[0] for row in compare.changes(compare.read(file), outcome(small, large))[0]] == [
         "1.00 ±0.02",
@@ -349,6 +361,7 @@ NO_RATIOS = ["0.0", "null", "9" * 400]
     ("argv", "message"),
     [
         (["relu"], "there is no function 'relu' to measure: choose from sigmoid, log_sigmoid, "),
+        (["--scale", "0"], "argument --scale: must be a positive number, got '0'."),
         (["--compare", "absent.json"], "cannot read absent.json: No such file or directory."),
         (["--compare", "."], "cannot read .: Is a directory."),
         (["--out", "file"], "cannot write to file: File exists."),

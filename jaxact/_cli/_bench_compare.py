@@ -18,6 +18,7 @@ class Old:
     ratios: dict[tuple[Any, ...], Ratio]
     versions: dict[str, Any]
     hardware: dict[str, Any]
+    scale: float
 
 
 def read(path: Path) -> Old:
@@ -26,7 +27,7 @@ def read(path: Path) -> Old:
         ratios = {_key(c): Ratio(float(c["of_peer"]["ratio"]), float(c["of_peer"]["spread"])) for c in found["cells"]}
         if not all(0 < number < math.inf for r in ratios.values() for number in (r.ratio, r.spread + 1)):
             raise ValueError("a ratio is not positive")
-        return Old(ratios, dict(found["versions"]), dict(found["hardware"]))
+        return Old(ratios, dict(found["versions"]), dict(found["hardware"]), float(found.get("scale", 1.0)))
     except OSError as error:
         raise ArgumentError(None, f"cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -56,7 +57,11 @@ def changes(old: Old, outcome: Outcome) -> tuple[list[tuple[str, ...]], list[str
             )
     found.sort()  # calls of microseconds vary from process to process by more than within one, and come last
     notes = [f"{len(found)} of {common} cells of both runs have changed by more than both spreads and 5 %"]
-    for name, was, now in (("versions", old.versions, outcome.versions), ("hardware", old.hardware, outcome.hardware)):
+    for name, was, now in (
+        ("versions", old.versions, outcome.versions),
+        ("hardware", old.hardware, outcome.hardware),
+        ("logits", {"scale": old.scale}, {"scale": outcome.scale}),
+    ):
         differing = [
             f"{k} {was.get(k)} → {now.get(k)}" for k in dict.fromkeys((*was, *now)) if was.get(k) != now.get(k)
         ]

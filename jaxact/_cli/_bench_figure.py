@@ -51,8 +51,8 @@ def _settings(outcome: Outcome) -> str:
     versions, hardware = outcome.versions, outcome.hardware
     return (
         "Medians of interleaved runs under jit, arguments of 64 KiB or more, a marker for each shape; pale where the "
-        f"spread is above a tenth.\nIn the title the geometric mean. jax {versions['jax']}, "
-        f"optax {versions['optax']}; {hardware['cpu']}, {hardware['cores']} cores."
+        f"spread is above a tenth.\nIn the title the geometric mean. Logits of scale {outcome.scale:g}. "
+        f"jax {versions['jax']}, optax {versions['optax']}; {hardware['cpu']}, {hardware['cores']} cores."
     )
 
 

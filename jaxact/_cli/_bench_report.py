@@ -30,6 +30,7 @@ class Outcome:
     """All that was measured, and where."""
 
     quick: bool
+    scale: float  # of the logits
     cells: list[Cell]
     importing: tuple[float, float]  # seconds of import jax, and of import jaxact after it
     cores: int
@@ -218,8 +219,9 @@ def _markdown(outcome: Outcome) -> list[str]:
     hardware = outcome.hardware
     memory = f", {hardware['memory'] / 2**30:.0f} GiB" if hardware["memory"] else ""
     where = f"{known}; {hardware['cpu']}, {hardware['cores']} cores{memory}; {hardware['device']}"
+    logits = f"logits of standard deviation {outcome.scale:g}"
     rows = [(cells[0].function, cells[0].peer, *row(cells)) for cells in grouped(outcome.cells)]
-    lines = ["# Speed and memory of jaxact, beside its peers", "", f"{where}.", ""]
+    lines = ["# Speed and memory of jaxact, beside its peers", "", f"{where}; {logits}.", ""]
     lines += [*(f"- {line}." for line in summary(outcome)), ""]
     return [*lines, *table(("function", "peer", *COLUMNS), rows), "", f"{LEGEND}.", ""]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,44 +32,45 @@ class Subject:
     ours: Function
     peer: Function
     peer_name: str
-    arguments: Callable[[Shape, str], tuple[Array, ...]]
+    arguments: Callable[..., tuple[Array, ...]]  # of a shape, a dtype and the scale of the logits
     shapes: Shapes
     count: int = 1  # of the arguments, from the first, with respect to which they are differentiated; labels follow
     limit: Function | None = None  # with the gradients too; by default a copy of the same bytes
 
 
-def _normal(shape: Shape, dtype: str, seed: int = 0) -> Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+def _normal(shape: Shape, dtype: str, scale: float = 1.0, seed: int = 0) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(scale=scale, size=shape), dtype)
 
 
-def _logits(shape: Shape, dtype: str) -> tuple[Array, ...]:
-    return (_normal(shape, dtype),)
+def _logits(shape: Shape, dtype: str, scale: float = 1.0) -> tuple[Array, ...]:
+    return (_normal(shape, dtype, scale),)
 
 
-def _probabilities(shape: Shape, dtype: str) -> tuple[Array, ...]:
+def _probabilities(shape: Shape, dtype: str, scale: float = 1.0) -> tuple[Array, ...]:
+    """Of which there is one scale."""
     return (jnp.asarray(np.random.default_rng(0).uniform(0.01, 0.99, shape), dtype),)
 
 
-def _with_labels(shape: Shape, dtype: str) -> tuple[Array, ...]:
-    return _normal(shape, dtype), _labels(shape[:-1], shape[-1])
+def _with_labels(shape: Shape, dtype: str, scale: float = 1.0) -> tuple[Array, ...]:
+    return _normal(shape, dtype, scale), _labels(shape[:-1], shape[-1])
 
 
 def _labels(shape: Shape, classes: int) -> Array:
     return jnp.asarray(np.random.default_rng(1).integers(0, classes, shape), jnp.int32)
 
 
-def _with_binary_labels(shape: Shape, dtype: str) -> tuple[Array, ...]:
-    return _normal(shape, dtype), _labels(shape, 2)
+def _with_binary_labels(shape: Shape, dtype: str, scale: float = 1.0) -> tuple[Array, ...]:
+    return _normal(shape, dtype, scale), _labels(shape, 2)
 
 
-def _with_soft_labels(shape: Shape, dtype: str) -> tuple[Array, ...]:
-    return _normal(shape, dtype), jax.nn.softmax(_normal(shape, dtype, 1))
+def _with_soft_labels(shape: Shape, dtype: str, scale: float = 1.0) -> tuple[Array, ...]:
+    return _normal(shape, dtype, scale), jax.nn.softmax(_normal(shape, dtype, seed=1))
 
 
-def _head(shape: Shape, dtype: str) -> tuple[Array, ...]:
+def _head(shape: Shape, dtype: str, scale: float = 1.0) -> tuple[Array, ...]:
     """Of (tokens, features, classes)."""
     n, d, v = shape
-    return _normal((n, d), dtype), _normal((d, v), dtype, 1) / 8, _labels((n,), v)
+    return _normal((n, d), dtype, scale), _normal((d, v), dtype, seed=1) / math.sqrt(d), _labels((n,), v)
 
 
 def _row_logsumexp(f: Function) -> Function:

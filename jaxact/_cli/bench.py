@@ -1,6 +1,8 @@
 """`bench`: how fast is jaxact, beside what users have now and beside the limit?"""
 
 import argparse
+import dataclasses
+import functools
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxact._cli._arguments import make_directory, require
+from jaxact._cli._arguments import make_directory, positive, require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fewer shapes, of 16 bits the largest alone, and less time each: 3 minutes instead of 15",
     )
+    add(
+        "--scale",
+        type=positive,
+        default=1.0,
+        metavar="S",
+        help="standard deviation of the logits; from 8 on most rows have a class that dominates, as in a trained model "
+        "(default: %(default)s)",
+    )
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="for the results (default: %(default)s)")
     add("--compare", type=Path, metavar="OLD.json", help="say what has changed since the run that wrote it")
 
@@ -59,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(highlight=False, markup=False, emoji=False)
     names = [name for name in NAMES if name in arguments.names or not arguments.names]
-    outcome = _measured(names, "quick" if arguments.quick else "full", console)
+    outcome = _measured(names, "quick" if arguments.quick else "full", arguments.scale, console)
     for line in (report.LEGEND, "", *report.summary(outcome)):
         console.print(f"{line}." if line else "", soft_wrap=True)
     sections: list[str] = []
@@ -79,13 +89,17 @@ def run(arguments: argparse.Namespace) -> int:
 Task = tuple[str, "Subject", str, "Shape"]
 
 
-def _tasks(names: list[str], extent: str) -> list[Task]:
+def _tasks(names: list[str], extent: str, scale: float) -> list[Task]:
     from jaxact._cli._bench_subjects import DTYPES, SUBJECTS, beside_tokamax
 
     others = beside_tokamax()
     subjects = [(name, of[name]) for name in names for of in (SUBJECTS, others) if name in of]
+
+    def scaled(s: "Subject") -> "Subject":
+        return dataclasses.replace(s, arguments=functools.partial(s.arguments, scale=scale))
+
     return [
-        (name, s, dtype, shape)
+        (name, scaled(s), dtype, shape)
         for name, s in subjects
         for shape in getattr(s.shapes, extent)
         for dtype in DTYPES
@@ -93,7 +107,7 @@ def _tasks(names: list[str], extent: str) -> list[Task]:
     ]
 
 
-def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
+def _measured(names: list[str], extent: str, scale: float, console: "Console") -> "Outcome":
     """Prints each row of the table when it is measured."""
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -103,7 +117,7 @@ def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
     from jaxact._cli._record import cores
 
     jax.config.update("jax_enable_compilation_cache", False)  # programs found on disk are not compiled
-    tasks = _tasks(names, extent)
+    tasks = _tasks(names, extent, scale)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn seldom, for it takes time from what is measured.
     options: dict[str, Any] = {"refresh_per_second": 1, "transient": True, "disable": not sys.stdout.isatty()}
@@ -121,7 +135,7 @@ def _measured(names: list[str], extent: str, console: "Console") -> "Outcome":
             if (times := speedup(name, SUBJECTS[name].shapes.quick[-1], SECONDS[extent])) is not None:
                 faster[name] = times
             bar.advance(doing)
-    return Outcome(extent == "quick", cells, imported, cores(), faster)
+    return Outcome(extent == "quick", scale, cells, imported, cores(), faster)
 
 
 def _rows(tasks: list[Task], seconds: float, bar: "Progress", doing: Any, console: "Console") -> Iterator[list["Cell"]]:
