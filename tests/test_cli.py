@@ -243,7 +243,7 @@ def test_a_bad_file_is_named(
         (["--csv", "absent.csv", "--label", "class"], "cannot read absent.csv: No such file or directory."),
         (["--csv", ".", "--label", "class"], "cannot read .: Is a directory."),
         (["--csv", "latin.csv", "--label", "class"], "cannot read latin.csv: it is not UTF-8 text."),
-        (["--out", "file"], "cannot write to file: File exists."),
+        (["--out", "file"], "cannot write to file: it is not a directory."),
         (["--out", "file/folder"], "cannot write to file/folder: Not a directory."),
     ],
 )

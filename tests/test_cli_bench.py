@@ -364,7 +364,7 @@ NO_RATIOS = ["0.0", "null", "9" * 400]
         (["--scale", "0"], "argument --scale: must be a positive number, got '0'."),
         (["--compare", "absent.json"], "cannot read absent.json: No such file or directory."),
         (["--compare", "."], "cannot read .: Is a directory."),
-        (["--out", "file"], "cannot write to file: File exists."),
+        (["--out", "file"], "cannot write to file: it is not a directory."),
         (["--out", "file/below"], "cannot write to file/below: Not a directory."),
         *((["--compare", f"{i}.json"], f"{i}.json is not a bench.json that") for i in range(len(NO_CELLS + NO_RATIOS))),
     ],

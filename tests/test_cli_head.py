@@ -200,7 +200,7 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
         (["--devices", "6"], "argument --devices: must be a power of two from 1 to 256, got '6'."),
         (["--devices", "0"], "argument --devices: must be a power of two"),
         (["--vocab", "99999999", "--features", "1000000"], "the parameters need more memory than there is: lower"),
-        (["--out", "file"], "cannot write to file: File exists."),
+        (["--out", "file"], "cannot write to file: it is not a directory."),
     ],
 )
 def test_a_bad_option_is_named(
@@ -221,9 +221,10 @@ def test_what_cannot_be_divided_is_named(
 ) -> None:
     monkeypatch.setattr(head, "_start_devices", lambda number: None)
     monkeypatch.setattr(model, "mesh_of", lambda n: jax.sharding.AbstractMesh((2, 4), ("tokens", "classes")))
-    for option in (["--vocab", "66"], ["--batch", "33"]):
+    for option, named in ((["--vocab", "66"], "the smallest --vocab 66"), (["--batch", "33"], "--batch 33")):
         assert status(*SHARDED, *option, "--out", tmp_path) == 2
-        assert_one_sentence(capsys, "--batch and the smallest --vocab must be divisible over 2 × 4 devices.")
+        parts = 4 if "66" in option else 2
+        assert_one_sentence(capsys, f"{named} must be a multiple of {parts}, the parts into which ")
 
 
 def test_devices_come_too_late(capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,8 @@ def test_what_is_not_verified_is_shown(
     monkeypatch.setattr(verify, "_processes", ThreadPoolExecutor)  # threads see the attribute that is set
     assert status("softmax", "--out", tmp_path) == 1
     printed = capsys.readouterr().out
+    heading, row, *_ = printed.splitlines()  # not in a terminal
+    assert heading.index("verdict") == row.index(verdict)
     assert "because of | and ∞" in printed
     assert f"4 {verdict}" in printed
     results = json.loads((tmp_path / "verify.json").read_text(encoding="utf-8"), parse_constant=refuse)
@@ -186,7 +188,7 @@ def assert_one_sentence(capsys: pytest.CaptureFixture[str], message: str) -> Non
         (["relu"], "there is no function 'relu' to verify: choose from sigmoid, log_sigmoid, "),
         (["softplus", "--shape", "3"], "--shape needs module:function."),
         (["--seed", "3"], "--seed needs module:function."),
-        (["--out", "rules_of_mine.py"], "cannot write to rules_of_mine.py: File exists."),
+        (["--out", "rules_of_mine.py"], "cannot write to rules_of_mine.py: it is not a directory."),
         (["rules_of_mine:right"], "module:function needs --shape."),
         (["rules_of_mine:right", "sigmoid"], "'rules_of_mine:right' must be the only NAME."),
         (["rules_of_mine:right", "--shape", "3", "--out", "here"], "--out is for jaxact's functions, not for module"),

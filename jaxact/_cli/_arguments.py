@@ -49,6 +49,8 @@ def require(extras: str, *packages: str) -> None:
 
 def make_directory(path: Path) -> None:
     """Makes the directory, with its parents, unless it exists; a file must be possible in it."""
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(None, f"cannot write to {path}: it is not a directory.")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

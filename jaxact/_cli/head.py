@@ -62,9 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     from jaxact._cli._head_model import FUSED, Cost, Outcome, language_reference, mesh_of, numbered, relative_gap, room
 
     mesh = mesh_of(arguments.devices) if arguments.devices > 1 else None
-    if mesh and (arguments.batch % mesh.shape["tokens"] or arguments.vocab[0] % mesh.shape["classes"]):
-        shape = f"{mesh.shape['tokens']} × {mesh.shape['classes']}"
-        raise ArgumentError(None, f"--batch and the smallest --vocab must be divisible over {shape} devices.")
+    if mesh:
+        split = {"--batch": (arguments.batch, "tokens"), "the smallest --vocab": (arguments.vocab[0], "classes")}
+        for option, (size, axis) in split.items():
+            if size % mesh.shape[axis]:
+                parts = f"the parts into which {arguments.devices} devices split it"
+                raise ArgumentError(None, f"{option} {size} must be a multiple of {mesh.shape[axis]}, {parts}.")
     # Two models, each with two matrices of this size and their two moments, in float32.
     if 48 * arguments.vocab[-1] * arguments.features > room():
         raise ArgumentError(None, "the parameters need more memory than there is: lower --vocab or --features.")

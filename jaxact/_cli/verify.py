@@ -90,10 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
         reports, rows = _live(subjects, console)
     else:
         reports, rows = [], []
+        console.print(_line(COLUMNS), soft_wrap=True)
         for found, row in _verified(subjects):
             reports += found
             rows.append(row)
-            console.print("  ".join(row), soft_wrap=True)
+            console.print(_line(row), soft_wrap=True)
+        console.print(f"{LEGEND}.", soft_wrap=True)
     if arguments.exhaustive:
         reports += _exhaustively(subjects, console)
     written = _write(reports, rows, [name for name, s in subjects.items() if s.elementwise], out)
@@ -216,6 +218,12 @@ def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds:
         f"{seconds:.1f}",
         rule.facts.get("oracle", "–"),
     )
+
+
+def _line(row: Row) -> str:
+    """As wide as it is, for a file or a pipe."""
+    widths = (max(map(len, NAMES)), 8, 12, 7, 7, 7, 7, 5)
+    return "  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths, strict=False)), row[-1]])
 
 
 def _table(rows: list[Row], width: int) -> "Table":

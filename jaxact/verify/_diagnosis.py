@@ -18,7 +18,7 @@ def explain(
 ) -> str:
     """What an author should look at, guessed from how the products differ."""
     got, want = verdicts.got, verdicts.product.want
-    which, vector = ("backward", "cotangent") if mode == "reverse" else ("forward", "tangent")
+    which, vector = rule_and_vector(mode)
     at = f"x = {problem.x[i]:.6g}" if oracle.layout.elementwise else element(problem, mode, i)
     g, w = got[c, i], want[c, i]
     known = ~verdicts.unresolved
@@ -62,6 +62,11 @@ def explain(
             reason += "; 1 − f(x) has cancelled"
         return reason
     return f"the {which} rule returns {came} {where} {due} ({at}; {_fraction(verdicts)})"
+
+
+def rule_and_vector(mode: str) -> tuple[str, str]:
+    """What the rule of a mode is called, and what it is given."""
+    return ("backward", "cotangent") if mode == "reverse" else ("forward", "tangent")
 
 
 def _same(got: np.ndarray, other: np.ndarray, verdicts: Verdicts) -> bool:

@@ -30,7 +30,7 @@ def power(comparison: Comparison, results: dict[str, tuple[np.ndarray, Verdicts]
         why = f"it does not refute {survivors}" if survivors else "no mutant of its products can be made"
         # Where it has refuted it can; and a mutant of a wrong product may be right.
         findings.add("power", INCONCLUSIVE, why, "" if findings.verdict == REFUTED else f"{POWERLESS}: {why}")
-    return f"{refuted}; sees a relative error of {smallest:.2g}"
+    return f"{refuted}; sees a relative error of {smallest:.2g}" if smallest < math.inf else refuted
 
 
 def mutants(comparison: Comparison, mode: str, vectors: np.ndarray, verdicts: Verdicts) -> dict[str, np.ndarray]:

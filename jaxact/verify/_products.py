@@ -61,7 +61,7 @@ def _in_proportion(
         wrong = np.isfinite(again) & (np.abs(again - verdicts.got[0]) > verdicts.allowed[0])
     if wrong.any():
         i = int(np.argmax(wrong))
-        which, what = ("backward", "cotangent") if mode == "reverse" else ("forward", "tangent")
+        which, what = diagnosis.rule_and_vector(mode)
         came, due = apart(again[i], verdicts.got[0, i])
         detail = f"for {large:.3g} times a {what} it returns not {due} as many times, but {came}"
         where = diagnosis.element(comparison.problem, mode, i)
@@ -187,7 +187,10 @@ def in_the_vector(
             return f"{outer} over {mode} mode", f"raises {type(error).__name__}: {first_line(error)}"
         wrong = comparison.products(of, vectors, got).wrong
         if wrong.any():
-            return f"{outer} over {mode} mode", f"is wrong in element {int(np.argmax(wrong.any(0)))}"
+            return (
+                f"{outer} over {mode} mode",
+                f"is wrong in {diagnosis.element(problem, of, int(np.argmax(wrong.any(0))))}",
+            )
     return None
 
 

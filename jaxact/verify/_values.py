@@ -108,7 +108,7 @@ class _Statistics:
         self.f, self.reference, self.dtype = jax.jit(f), reference, dtype
         self.worst, self.sum = -1.0, 0.0
         self.at: dict[str, float] = {}
-        self.regions = {"normal": 0, "subnormal": 0, "special": 0}
+        self.regions = {"normal": 0, "below normal": 0, "special": 0}
         self.counts = np.zeros(HIGH - LOW + 1, int)  # of errors in (2^((k−1)/64), 2^(k/64)] ulp
         self.infinite = 0
 
@@ -174,7 +174,7 @@ class _Statistics:
 
 
 def ulp_errors(got: np.ndarray, want: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """|got − want| in spacings of the dtype at `want`, and the region of `want`: 0 normal, 1 subnormal, 2 special."""
+    """|got − want| in spacings of the dtype at `want`, and the region of `want`: 0 normal, 1 below, 2 special."""
     info = ml_dtypes.finfo(dtype)
     with np.errstate(all="ignore"):
         got = got.astype(np.float64)
