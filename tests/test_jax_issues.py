@@ -65,7 +65,9 @@ def test_jax_40409_float16_gradient_of_log_softmax_over_65536_elements(nn: Any) 
     assert np.max(abs(np.asarray(gradient, np.float64))) <= 2**-11
 
 
-@pytest.mark.parametrize("scale", [0.3, 1 / 7, 3.3333, 1e-3])
+@pytest.mark.parametrize(
+    "scale", [0.3, pytest.param(1 / 7, marks=pytest.mark.long), pytest.param(3.3333, marks=pytest.mark.long), 1e-3]
+)
 def test_jax_37234_softmax_of_scaled_logits_under_jit(nn: Any, scale: float) -> None:
     # The product is computed twice, once with the subtraction in one rounding: an ulp of 1e21 is no small difference.
     x = jnp.asarray(np.float32(np.random.default_rng(0).normal(size=(64, 33)) * 1e21))

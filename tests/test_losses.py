@@ -111,7 +111,11 @@ def exact_focal_loss(positive: bool, gamma: float) -> tuple[Any, Any]:
 # the largest are 1.2, 2.0, 1.2, 1.9, 1.6, 2.2, 2.5, 2.2 and 3.5.
 @pytest.mark.parametrize(
     ("gamma", "alpha", "limit"),
-    [(g, a, 3) for g in (1, 2, 3) for a in (None, 0.3)] + [(0.5, None, 3), (1.5, 0.3, 3), (5, 0.3, 4)],
+    [
+        *((g, a, 3) for g, a in ((1, None), (2, 0.3), (3, None), (0.5, None), (1.5, 0.3))),
+        *(pytest.param(g, a, 3, marks=pytest.mark.long) for g, a in ((1, 0.3), (2, None), (3, 0.3))),
+        (5, 0.3, 4),
+    ],
 )
 def test_focal_loss_beyond_what_the_rounding_of_x_changes(gamma: float, alpha: float | None, limit: float) -> None:
     alpha = alpha and float(np.float32(alpha))
