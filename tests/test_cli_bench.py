@@ -362,6 +362,7 @@ NO_RATIOS = ["0.0", "null", "9" * 400]
     [
         (["relu"], "there is no function 'relu' to measure: choose from sigmoid, log_sigmoid, "),
         (["--scale", "0"], "argument --scale: must be a positive number, got '0'."),
+        (["--scale", "1e38"], "--scale 1e+38 is out of the range of float32."),
         (["--compare", "absent.json"], "cannot read absent.json: No such file or directory."),
         (["--compare", "."], "cannot read .: Is a directory."),
         (["--out", "file"], "cannot write to file: it is not a directory."),

@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown:
         choices = ", ".join(NAMES)
         raise ArgumentError(None, f"there is no function {unknown[0]!r} to measure: choose from {choices}.")
+    if arguments.scale > 1e37:  # a tenth of what float32 holds, for logits beyond it
+        raise ArgumentError(None, f"--scale {arguments.scale} is out of the range of float32.")
     require("demo", "optax", "rich", "matplotlib")
     from jaxact._cli import _bench_compare as compare, _bench_report as report
 
