@@ -82,7 +82,10 @@ def _log_probabilities_fwd(classes: Classes, z: Array, total: Total) -> Any:
 
 def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
     z, total = residuals
-    return g - probabilities(classes, z, total) * classes.sum(g), None
+    p = probabilities(classes, z, total)
+    # Twice, as in log_softmax: what ȳ − p Σ ȳ lost to rounding at the largest probability is its sum.
+    v = g - p * classes.sum(g)
+    return v - p * classes.sum(v), None
 
 
 log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)

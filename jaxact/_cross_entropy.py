@@ -55,8 +55,10 @@ def _mean_information(classes: Classes, z: Array, total: Total) -> Array:
     top = classes.max(z)
     peak = finite(top)
     exists = z != -jnp.inf
-    distance = classes.sum(jnp.where(exists, -below(peak, z, ()), 0)) / _count(exists, z.dtype, classes)
-    log_total = jnp.log(total.sum * jnp.exp(total.shift - peak))
+    count = _count(exists, z.dtype, classes)
+    distance = classes.sum(jnp.where(exists, -below(peak, z, ()), 0)) / count
+    # Of one class both terms are 0, but for the rounding of its exponentials.
+    log_total = jnp.where(count == 1, 0, jnp.log(total.sum * jnp.exp(total.shift - peak)))
     # Beside an infinite logit every other class is infinitely unlikely.
     distance = jnp.where((top == jnp.inf) & (distance > 0), jnp.inf, distance)
     return jnp.where(top == -jnp.inf, 0, distance + log_total)
@@ -164,7 +166,6 @@ def logit_cotangent(
         else:
             at_each, weight_sum, count = _existing_weights(z, weights, classes)
             g_each = g_uniform / count
-            of_each, g_lse = g_each * at_each, g_lse + g_each * weight_sum
     at_label = g_lse * jnp.exp(-nll) - g_nll * _complement(nll)
     if shared:
         p = others_probabilities(classes, z, y, total)
@@ -179,13 +180,16 @@ def logit_cotangent(
     places = places_of(z)
     here = places == lax.optimization_barrier(y)[..., None].astype(places.dtype)
     z_bar = jnp.where(here, at_label, z_bar)
-    if weights is not None:
+    if weights is not None and _is_even(weights):
         z_bar = z_bar - of_each
-        if not _is_even(weights):
-            log_p = log_probabilities(classes, z, total)
-            log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
-            extra = tuple(range(z.ndim - weights.ndim))
-            weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
+    elif weights is not None:
+        # Where one class has all of the weights and nearly all of the probability, p Σw − w cancels there.
+        uniform_bar = g_each * (p * weight_sum - at_each)
+        z_bar = z_bar + (uniform_bar - p * classes.sum(uniform_bar))
+        log_p = log_probabilities(classes, z, total)
+        log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
+        extra = tuple(range(z.ndim - weights.ndim))
+        weights_bar = jnp.sum(-g_each * log_p, extra).astype(weights.dtype)
     # What does not exist has no derivative, whatever its row's loss is.
     return jnp.where(exists, z_bar, 0), weights_bar
 

@@ -147,7 +147,7 @@ def label_sums(
         total = Total(shift, others * jnp.exp(-shift) + jnp.exp(c - shift))
         return z_y, LabelSums(c, jnp.ones_like(z_y), about_z_y, total)
 
-    def about_maximum(x: Array, y: Array, z_y: Array, others: Array, about_z_y: Array) -> tuple[Array, LabelSums]:
+    def about_maximum(x: Array, y: Array, z_y: Array, *_: Array) -> tuple[Array, LabelSums]:
         z = adjust(x)
         peak = finite(classes.max(z))
         whole = whole_shift(peak, room(peak.dtype), jnp.minimum(peak, 0))
@@ -168,7 +168,7 @@ def label_sums(
         return z_y, LabelSums(peak, at_label, others, total)
 
     if classes.lean or shared:
-        return about_maximum(x, y, z_y, z_y, z_y)
+        return about_maximum(x, y, z_y)
     # To sum the exponentials as they are takes no maximum and rounds no logit. Divided by the label's they are what is
     # wanted, unless they overflow, or so little is left that what was flushed counts.
     others = _others(x, adjust, y, classes)

@@ -25,7 +25,7 @@ from jaxact._forward_mode import forward_mode
 from jaxact._jacobian import uncontracted
 from jaxact._limits import is_possible
 from jaxact._reductions import Axes, at_once, maximum, spread, sum_over
-from jaxact._row_sums import RowSums, Sums, below, but_maximum, if_dominated, row_sums, undominated
+from jaxact._row_sums import RowSums, below, but_maximum, if_dominated, row_sums, undominated
 from jaxact._shared_exponentials import of_largest, shared_row_sums, shares_sums, without_mean_of_shared
 from jaxact._softmax import softmax_of_sums, summed_softmax, temperature_of
 
@@ -172,13 +172,13 @@ def without_mean(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def quick(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        p = softmax_of_sums(x, t, Sums(sums.peak, sums.total), axis, jnp.exp)
+        p = softmax_of_sums(x, t, sums, axis, jnp.exp)
         return uncontracted(once(p, uncontracted(counting(x, *operands), p, axis)), p, axis).astype(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(x: Array, t: Array | None, sums: RowSums, *operands: Array) -> Array:
         x = widen(x)
-        p = softmax_of_sums(x, t, Sums(sums.peak, sums.total), axis, jnp.exp)
+        p = softmax_of_sums(x, t, sums, axis, jnp.exp)
         g = uncontracted(counting(x, *operands), p, axis)
         is_other = jnp.maximum(
             but_maximum(x, sums.peak, axis) / 2, spread(jnp.where(undominated(sums.others), 1.0, 0.0), axis)

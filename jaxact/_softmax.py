@@ -41,7 +41,7 @@ from jaxact._reductions import (
     spread,
     sum_over,
 )
-from jaxact._row_sums import Sums, written_sum
+from jaxact._row_sums import RowSums, Sums, written_sum
 
 
 def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, temperature: ArrayLike = 1.0) -> Array:
@@ -177,7 +177,9 @@ def summed_softmax(x: Array, t: Array | None, axis: Axes) -> Array:
 
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def softmax_of_sums(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Callable[[Array], Array]) -> Array:
+def softmax_of_sums(
+    x: Array, t: Array | None, sums: Sums | RowSums, axis: Axes, exp: Callable[[Array], Array]
+) -> Array:
     """Softmax over the axes of what has been summed, wide. The sums are not differentiated."""
     if t is None and class_count(x, axis) == 1:
         return _of_one_class(x)
@@ -187,7 +189,9 @@ def softmax_of_sums(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Call
     return over_total(e, total, axis)
 
 
-def _softmax_of_sums_fwd(x: Array, t: Array | None, sums: Sums, axis: Axes, exp: Callable[[Array], Array]) -> Any:
+def _softmax_of_sums_fwd(
+    x: Array, t: Array | None, sums: Sums | RowSums, axis: Axes, exp: Callable[[Array], Array]
+) -> Any:
     y = softmax_of_sums(x, t, sums, axis, exp)
     return y, (certain(y), t)
 

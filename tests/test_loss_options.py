@@ -362,6 +362,15 @@ def test_an_infinite_logit_leaves_the_focal_loss_constant_in_gamma(x: float, lab
         assert jax.grad(lambda g: focal_loss(x, label, gamma=g))(gamma) == 0
 
 
+@pytest.mark.parametrize(("x", "label", "alpha"), [(INF, 0, 1.0), (-INF, 1, 0.0)])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_an_infinite_focal_loss_of_which_alpha_leaves_nothing(x: float, label: int, alpha: float, gamma: float) -> None:
+    f = jax.value_and_grad(lambda x, y: focal_loss(x, y, alpha=alpha, gamma=gamma), (0, 1))
+    value, (slope, by_label) = f(jnp.float32(x), jnp.float32(label))
+    assert (value, slope) == (0, 0)
+    assert by_label == (2 * alpha - 1) * INF  # the share grows by as much, times the loss
+
+
 def test_an_infinite_logit_and_a_weight_of_0() -> None:
     by_label = jax.grad(lambda y, x: binary_loss(x, y, pos_weight=0.0))
     assert [by_label(0.5, -INF), by_label(0.5, INF)] == [0, -INF]  # −softplus(x)
@@ -504,6 +513,25 @@ def test_smoothing_where_the_label_has_no_weight(loss: Any) -> None:
     np.testing.assert_allclose(float(value), 0.125 * np.log1p(np.exp(-20.0)), rtol=8 * U)
     want = [0.125 * np.log1p(np.exp(-20.0)), 0.875 * (20 + np.log1p(np.exp(-20.0))), 0]
     np.testing.assert_allclose(by_weight, want, rtol=8 * U)
+
+
+@OF_THREE
+def test_a_gradient_where_one_class_has_all_of_the_weight_and_of_the_probability(loss: Any) -> None:
+    # The loss is 0.9 + 0.1/2 times that of the class; its cotangents are equal and opposite, p₁ = σ(−20) the size.
+    f = functools.partial(loss, class_weight=np.array([1, 0, 0], np.float32), label_smoothing=0.1)
+    x, p = np.array([20, 0, -INF], np.float32), 1 / (1 + np.exp(20.0))
+    want = 0.95 * np.array([-p, p, 0])
+    # An exponential, its sum and some six products.
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: f(x, 0)))(x), want, rtol=16 * U)
+    second = np.array([[1, -1, 0], [-1, 1, 0], [0, 0, 0]]) * 0.95 * p * (1 - p)
+    np.testing.assert_allclose(jax.jit(jax.hessian(lambda x: f(x, 0)))(x), second, rtol=16 * U)
+
+
+@OF_THREE
+def test_smoothing_with_one_class_costs_nothing(loss: Any) -> None:
+    run = jax.jit(lambda x: loss(x, 0, label_smoothing=0.1))
+    for top in np.random.default_rng(0).normal(size=20) * 30:  # of about half, 2ᵏeʳ is not 1 after a division by it
+        assert run(np.array([top, -INF, -INF], np.float32)) == 0
 
 
 @OF_THREE

@@ -83,8 +83,8 @@ def _focal_of_any(
     return masked(loss, where, 0)
 
 
-def _share(y: Array, alpha: Array | None) -> Array | float:
-    return 1.0 if alpha is None else alpha * y + (1 - alpha) * (1 - y)
+def _share(y: Array, alpha: Array | None) -> Array:
+    return jnp.ones_like(y) if alpha is None else alpha * y + (1 - alpha) * (1 - y)
 
 
 def _log_whole(x: Array) -> tuple[Array, Array, Array]:
@@ -189,7 +189,7 @@ def _focal_loss(x: Array, y: Array, alpha: Array | None, gamma: Array) -> Array:
     loss = log_whole + times(far, distance)
     _, of_loss = two_sum(log_whole, far * jnp.minimum(distance, FAR))
     loss = loss + jnp.where(loss < jnp.inf, r * loss + (of_loss + of_whole), 0)
-    return _share(y, alpha) * s * loss
+    return times(_share(y, alpha) * s, loss)
 
 
 def _focal_loss_fwd(x: Array, y: Array, alpha: Array | None, gamma: Array) -> Any:
@@ -204,7 +204,7 @@ def _focal_loss_bwd(residuals: Any, g: Array) -> Any:
     x_bar = share * focus * (times(gamma * (1 - 2 * y) * _slope_ratio(wide, y), loss) + slope)
     # That of the cross-entropy is −x. The power divided by q is another: of their quotient's derivative, q² may be 0.
     of_labels = times(gamma * _focus(wide, y, gamma - 1) * _q_slope(wide), loss) - times(focus, wide)
-    y_bar = share * of_labels
+    y_bar = times(share, of_labels)
     alpha_bar = None
     if alpha is not None:
         y_bar = y_bar + (2 * alpha - 1) * times(focus, loss)
