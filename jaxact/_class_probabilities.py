@@ -12,7 +12,7 @@ from jaxact._elementary import exp
 from jaxact._forward_mode import forward_mode
 from jaxact._jacobian import certain, over_total, times_jacobian
 from jaxact._label_sums import at_labels, others_exponentials
-from jaxact._limits import finite
+from jaxact._limits import below_infinity, finite
 from jaxact._row_sums import Total, below, but_maximum
 from jaxact._shared_exponentials import softmax_of_shared
 
@@ -20,10 +20,9 @@ from jaxact._shared_exponentials import softmax_of_shared
 @forward_mode
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def probabilities(classes: Classes, z: Array, total: Total) -> Array:
-    # The minimum changes +inf alone, from which no shift can be taken. Behind the barrier XLA computes the exponentials
-    # again instead of keeping them from where they were summed.
+    # Behind the barrier XLA computes the exponentials again instead of keeping them from where they were summed.
     total = lax.optimization_barrier(total)
-    d = jnp.minimum(z, float(jnp.finfo(z.dtype).max)) - total.shift
+    d = below_infinity(z) - total.shift
     return over_total(jnp.exp(d) if classes.lean else exp(d), total.sum, ())
 
 

@@ -10,6 +10,8 @@ from jax import Array, lax
 from jaxact._class_probabilities import probabilities
 from jaxact._classes import Classes
 from jaxact._forward_mode import forward_mode
+from jaxact._jacobian import certain, times_jacobian
+from jaxact._limits import below_infinity
 from jaxact._row_sums import Total, below, undominated
 
 FAR_BELOW = 1000.0  # of a class so far below the maximum nothing is left in a sum
@@ -43,9 +45,10 @@ entropy.defvjp(_entropy_fwd, _entropy_bwd)
 
 
 def entropy_cotangent(classes: Classes, z: Array, total: Total, g: Array) -> Array:
-    # ∂H/∂z = −p (log p + H) = p (d − ⟨p, d⟩): the logarithms cancel, and with them all that could be lost in them.
+    # ∂H/∂z = −p (log p + H) = p (d − ⟨p, d⟩): the logarithms cancel, and with them all that could be lost in them. That
+    # is the Jacobian of softmax times d.
     # (Not `below`, which at the maximum itself has half its slope.)
-    d = jnp.minimum(total.shift - jnp.minimum(z, float(jnp.finfo(z.dtype).max)), FAR_BELOW)
+    d = jnp.minimum(total.shift - below_infinity(z), FAR_BELOW)
     p = probabilities(classes, z, total)
     # Where p is 0, a product with `FAR_BELOW` may have overflowed when this is transposed.
-    return g * jnp.where(p == 0, 0, p * (d - classes.sum(p * d)))
+    return jnp.where(p == 0, 0, g * times_jacobian(certain(p), d, (z.ndim - 1,), classes.sum))

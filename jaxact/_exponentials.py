@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxact._elementary import exp_over
-from jaxact._limits import at_most
+from jaxact._limits import at_most, below_infinity
 from jaxact._reductions import Axes, class_count, few, small, spread
 
 
@@ -101,8 +101,7 @@ def scaled_exponentials(x: Array, peak: Array, axis: Axes) -> tuple[Array, Array
     if small(x) and not few(x):
         shift = shift_without_factor(peak, class_count(x, axis))
         return exponentials(x, shift, None, axis), exponentials(peak, shift, None, ())
-    by = jnp.where(jnp.abs(peak) <= 2.0**8, 0, peak)  # so a peak of nan leaves none a number
+    by = jnp.where(jnp.abs(peak) <= 2.0**8, 0, peak)  # nan of nan, for which the comparison is false
     n = jnp.floor((peak - by) / math.log(2)) - 90
-    # The minimum changes +inf alone, from which nothing can be taken.
-    d = jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - spread(by, axis)
+    d = below_infinity(x) - spread(by, axis)
     return exp_over(d, spread(n, axis)), exp_over(peak - by, n)

@@ -23,6 +23,11 @@ def finite(top: Array) -> Array:
     return between(top, -largest, largest)
 
 
+def below_infinity(x: Array) -> Array:
+    """`x`, but the largest number for +inf, from which nothing can be subtracted."""
+    return jnp.minimum(x, float(jnp.finfo(x.dtype).max))
+
+
 def between(x: Array, low: float, high: Array | float) -> Array:
     """`clip`, in a form that XLA for CPU does not take for one: at a clip it splits the kernel. nan remains."""
     return -jnp.maximum(-jnp.maximum(x, low), -high)

@@ -27,7 +27,7 @@ from jaxact._limits import is_possible
 from jaxact._reductions import Axes, at_once, maximum, spread, sum_over
 from jaxact._row_sums import RowSums, below, but_maximum, if_dominated, row_sums, undominated
 from jaxact._shared_exponentials import of_largest, shared_row_sums, shares_sums, without_mean_of_shared
-from jaxact._softmax import softmax_of_sums, summed_softmax, temperature_of
+from jaxact._softmax import _softmax, softmax_of_sums, temperature_of
 
 
 def log_softmax(
@@ -165,7 +165,7 @@ def without_mean(
         # lost to rounding at the largest probability is Σ v, and the second time takes it off.
         # In one kernel, all of it again: what another has found would part this one, hence the barrier.
         x = widen(lax.optimization_barrier(x))
-        p = summed_softmax(x, t, axis)
+        p = _softmax(x, t, axis, True)
         v = once(p, uncontracted(counting(x, *operands), p, axis))
         return uncontracted(v - p * spread(sum_over(v, axis), axis), p, axis).astype(result)
 

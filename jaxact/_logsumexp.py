@@ -88,8 +88,8 @@ def logsumexp(
 
     Derivative:
         ā = ḡ softmax(a); with weights āᵢ = ḡ s bᵢ e^{aᵢ−out} and b̄ᵢ = ḡ s e^{aᵢ−out}, s the sign, also at bᵢ = 0.
-        0 where the sum is empty. Reverse mode keeps `a` and two numbers for each sum, with weights `a`, `b` and three,
-        and the mask.
+        0 where the sum is empty. Reverse mode keeps `a` and two numbers for each sum, with weights `a`, `b` and four,
+        its sign, and the mask.
 
     Numerics:
         m + log1p(Σ of the others) with m the maximum, so that logsumexp([0, −20]) is 2.06e-9 and not 0; on CPU, of more

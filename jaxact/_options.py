@@ -171,7 +171,9 @@ class Options(NamedTuple):
 def times(factor: Array, loss: Array) -> Array:
     """The product. A factor of 0 leaves out even an infinite loss, of which none has a derivative in its factor."""
     infinite = jnp.isinf(loss)
-    return jnp.where(infinite, lax.stop_gradient(factor), factor) * jnp.where(infinite & (factor == 0), 0, loss)
+    # Apart, since forward mode would multiply the derivative of 0 by infinity.
+    constant = lax.stop_gradient(factor) * jnp.where(infinite & (factor == 0), 0, loss)
+    return jnp.where(infinite, constant, factor * jnp.where(infinite, 0, loss))
 
 
 def square_of(lse: Array) -> Array:

@@ -80,6 +80,7 @@ def _soft_losses_fwd(x: Array, q: Array) -> Any:
 def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
     x, q, kept = residuals
     g, axis = cotangents[0][..., None], (x.ndim - 1,)
+    shared = shares_sums(x, None, axis)
 
     def of_log_p(g: Array, q: Array) -> Array:
         return -g * q.astype(g.dtype)
@@ -92,12 +93,12 @@ def _soft_losses_bwd(residuals: Any, cotangents: Any) -> tuple[Array, Array]:
 
     if class_by_class(x, axis):
         x_bar = in_one(False)(x, g, q)
-    elif at_once(x, axis) and not shares_sums(x, None, axis):
+    elif at_once(x, axis) and not shared:
         # Where all losses are finite, what is impossible has no label.
         finite = jnp.isfinite(lax.stop_gradient(kept))
         x_bar = unless_all(finite, in_one(False), in_one(True), x, g, q)
     else:
-        x_bar = without_mean(of_log_p, x, None, kept, axis, g, q, shared=shares_sums(x, None, axis))
+        x_bar = without_mean(of_log_p, x, None, kept, axis, g, q, shared=shared)
     log_p = _log_softmax(widen(x), None, axis, False)[0]
     q_bar = -g * jnp.where(log_p == -jnp.inf, 0, log_p)
     return x_bar.astype(x.dtype), q_bar.astype(q.dtype)

@@ -106,8 +106,6 @@ def temperature_of(x: Array, temperature: ArrayLike | None) -> Array | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _softmax(x: Array, t: Array | None, axis: Axes, summed: bool) -> Array:
     """Softmax over the axes. Our own exponential takes less time than XLA's, but not in what is then `summed`."""
-    if t is None and class_count(x, axis) == 1:
-        return _of_one_class(x)
     peak = finite(widen(maximum(x, axis)))
     if not summed and _by_own_exponential(x, t, axis):
         e, _ = scaled_exponentials(widen(x), peak, axis)
@@ -135,7 +133,7 @@ def _by_own_exponential(x: Array, t: Array | None, axis: Axes) -> bool:
 
 
 def _of_one_class(x: Array) -> Array:
-    """It takes everything, exactly: e·(1/e), as XLA divides, can round to less than 1."""
+    """It takes everything, exactly: a total that was found elsewhere may be of an exponential rounded otherwise."""
     return jnp.where(jnp.isnan(x), x, (x > -jnp.inf).astype(x.dtype))
 
 
@@ -168,11 +166,6 @@ def _cotangents(y: Array, t: Array | None, g: Array, axis: Axes, dtype: Any) -> 
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
-
-
-def summed_softmax(x: Array, t: Array | None, axis: Axes) -> Array:
-    """Softmax for sums in a derivative."""
-    return _softmax(x, t, axis, True)
 
 
 @forward_mode

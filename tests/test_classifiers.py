@@ -263,3 +263,11 @@ def test_labels_of_any_integer_dtype(dtype: str, x64: None) -> None:
     np.testing.assert_array_equal(np.asarray(got), np.asarray(classifiers.cross_entropy(z, y)))
     with pytest.raises(TypeError, match="labels must be integers, got dtype float64"):
         classifiers.cross_entropy(z, jnp.array([2.0, 1.0]))
+
+
+def test_whole_logits_are_numbers_like_others() -> None:
+    loss = classifiers.cross_entropy(jnp.array([[1, 2], [3, 4]]), jnp.array([0, 5]))
+    # log(1 + e), and no class 5.
+    np.testing.assert_allclose(loss, [np.log1p(np.e), np.nan], rtol=4 * 2.0**-24)
+    with pytest.raises(TypeError, match="z must be real"):
+        classifiers.cross_entropy(jnp.ones((2, 2), complex), jnp.array([0, 1]))

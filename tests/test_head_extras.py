@@ -88,3 +88,21 @@ def test_many_tokens_beside_the_chunks() -> None:
 
     got, want = jax.jit(lambda x: [jax.grad(total)(x, chunk) for chunk in (4100, n)])(x)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)  # sums of 20 products of size 1, in another order
+
+
+@pytest.mark.parametrize("logits", [[20.0, 0.0], [12.0, 0.0, -3.0], [0.3, -0.4, 0.1]])
+def test_second_derivatives_of_the_entropy_where_one_class_has_nearly_all(logits: list[float]) -> None:
+    def entropy(row: Any) -> Any:
+        return auxiliary(row[None], np.zeros(1, int)).entropy[0]
+
+    row = np.array(logits, np.float32)
+    with mpmath.workdps(60):
+        h = mpmath.mpf(10) ** -20  # its square is left of a central difference
+        moved = [
+            [[mpmath.mpf(float(a)) + s * (i == j) for i, a in enumerate(row)] for s in (h, -h)] for j in range(len(row))
+        ]
+        slopes = [[exact_entropy(at)[1] for at in both] for both in moved]
+        want = np.array([[float((u - d) / (2 * h)) for u, d in zip(up, down, strict=True)] for up, down in slopes])
+    for hessian in (jax.hessian(entropy), jax.jacrev(jax.jacrev(entropy))):
+        # Probabilities and distances that have 8 u, in sums of products of up to three of them, some of which cancel.
+        np.testing.assert_allclose(jax.jit(hessian)(row), want, rtol=64 * 2.0**-24)

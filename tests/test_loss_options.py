@@ -528,6 +528,21 @@ def test_a_gradient_where_one_class_has_all_of_the_weight_and_of_the_probability
 
 
 @OF_THREE
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "class_weight"])
+def test_an_infinite_loss_has_no_derivative_in_an_option(loss: Any, option: str) -> None:
+    # In either mode: in forward mode 0, its derivative, would be multiplied by infinity.
+    at = np.ones(3, np.float32) if option == "class_weight" else np.float32(0.2)
+
+    def f(a: Any) -> Any:
+        return loss(np.array([-INF, 0, 1], np.float32), 0, **{option: a})
+
+    slope = jax.grad(f)(at)
+    assert np.isfinite(slope).all()
+    pushed = jax.jvp(f, (at,), (np.ones_like(at),))[1]
+    np.testing.assert_allclose(pushed, slope.sum(), rtol=8 * U)  # the same products, of which some are 0
+
+
+@OF_THREE
 def test_smoothing_with_one_class_costs_nothing(loss: Any) -> None:
     run = jax.jit(lambda x: loss(x, 0, label_smoothing=0.1))
     for top in np.random.default_rng(0).normal(size=20) * 30:  # of about half, 2ᵏeʳ is not 1 after a division by it

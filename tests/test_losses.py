@@ -419,6 +419,9 @@ def test_the_dense_loss_keeps_16_bits_of_16(dtype: str) -> None:
     assert verify.residuals(dense_loss, x, q).facts["bytes"] <= 2 * x.nbytes + 3 * 4 * 8
     # The log-probabilities are found anew.
     assert verify.residuals(lambda q: dense_loss(x, q), q).facts["bytes"] <= x.nbytes + 3 * 4 * 8
+    # With options the adjusted logits too, in float32.
+    capped = verify.residuals(lambda x: dense_loss(x, q, logit_softcap=5.0, temperature=2.0), x)
+    assert capped.facts["bytes"] <= 2 * x.nbytes + 4 * x.size + 3 * 4 * 8
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from jaxact._canonical import require_array, require_labels
+from jaxact._canonical import as_float, require_labels
 from jaxact._classes import integer_labels, label_index
 from jaxact._logsumexp import logsumexp
 from jaxact._sigmoid import sigmoid, softplus
@@ -65,7 +65,7 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
     however small and never falsely 0; the gradient at the label is minus the sum of the others.
 
     Raises:
-        TypeError: if `y` are not integers.
+        TypeError: if `z` is complex or not an array, or `y` are not integers.
         ValueError: if the shapes are not as above.
 
     Example:
@@ -74,7 +74,7 @@ def cross_entropy(z: Float[Array, "examples logits"], y: Int[Array, " examples"]
         >>> print(cross_entropy(jnp.array([[-30.0, 0.0, 0.0]]), jnp.array([1])).round(4))
         [0.6931]
     """
-    z, y = jnp.asarray(require_array("z", z)), jnp.asarray(require_labels("y", y))
+    z, y = as_float("z", z), jnp.asarray(require_labels("y", y))
     if z.ndim != 2 or y.shape != z.shape[:1]:
         raise ValueError(f"z must have shape (examples, logits) and y (examples,), got {z.shape} and {y.shape}.")
     labels = integer_labels(y, z.shape[:1], "z without its last axis")

@@ -262,7 +262,9 @@ def _of_probabilities(
     options = options.in_dtype(dtype)
     adjust = options.adjustment_about_maximum(x, live, Classes())
     # Logits of 16 bits that are not adjusted are kept as they are, unless two cotangents would be rounded apart.
-    z = x if adjust.is_identity and options.z_loss is None else adjust(x)
+    # (Of an adjustment JAX would keep what each of its steps needs, which the logits tell again.)
+    adjusted = jax.checkpoint(lambda x, adjust: adjust(x), prevent_cse=False)
+    z = x if adjust.is_identity and options.z_loss is None else adjusted(x, adjust)
     weights, exists = options.weights(x.shape[-1], dtype), z != -jnp.inf
     if options.label_smoothing is not None:
         count = jnp.maximum(jnp.sum(exists, -1, keepdims=True, dtype=dtype), 1)
