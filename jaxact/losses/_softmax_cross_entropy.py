@@ -91,8 +91,8 @@ def softmax_cross_entropy_with_integer_labels(
 
     Derivative:
         Of z, (1 − ε) w_y (p − 1[y]) + ε/K (p Σ w − w) + 2·z_loss·(log Σ e^z) p, where the entry at the label is minus
-        the sum of the others and not p_y − 1. Reverse mode keeps `logits`, and of each example four numbers, with a
-        temperature five, and whether its label exists; with a mask that too.
+        the sum of the others and not p_y − 1. Reverse mode keeps `logits`, and of each example four numbers, with
+        options up to twenty, and whether its label exists; with a mask that too.
 
     Numerics:
         log1p of the sum over all classes but the label's. So the loss keeps its digits when it is small: with logits
