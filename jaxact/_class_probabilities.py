@@ -81,10 +81,14 @@ def _log_probabilities_fwd(classes: Classes, z: Array, total: Total) -> Any:
 
 def _log_probabilities_bwd(classes: Classes, residuals: Any, g: Array) -> Any:
     z, total = residuals
-    p = probabilities(classes, z, total)
-    # Twice, as in log_softmax: what ȳ − p Σ ȳ lost to rounding at the largest probability is its sum.
-    v = g - p * classes.sum(g)
-    return v - p * classes.sum(v), None
+    return without_mean(classes, probabilities(classes, z, total), g), None
 
 
 log_probabilities.defvjp(_log_probabilities_fwd, _log_probabilities_bwd)
+
+
+def without_mean(classes: Classes, p: Array, g: Array) -> Array:
+    """ȳ − p Σ ȳ, the cotangent of the logits of that of log p."""
+    # Twice, as in log_softmax: what it lost to rounding at the largest probability is its sum.
+    v = g - p * classes.sum(g)
+    return v - p * classes.sum(v)

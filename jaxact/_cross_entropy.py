@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxact._class_probabilities import log_probabilities, others_probabilities, probabilities
+from jaxact._class_probabilities import log_probabilities, others_probabilities, probabilities, without_mean
 from jaxact._classes import Classes, as_divided, varying
 from jaxact._forward_mode import forward_mode
 from jaxact._label_sums import LabelSums, at_labels, label_logit, label_sums, places_of
@@ -37,7 +37,7 @@ def losses_of(z: Array, z_y: Array, sums: LabelSums, weights: Array | None, clas
     elif _is_even(weights):
         uniform = _mean_information(classes, z, sums.total)
     else:
-        at_each, _, count = _existing_weights(z, weights, classes)
+        at_each, count = _existing_weights(z, weights, classes)
         log_p = log_probabilities(classes, z, sums.total)
         uniform = -classes.sum(jnp.where(at_each == 0, 0, at_each * log_p)) / count
     return Losses(*(a[..., 0] for a in (nll, lse, uniform)))
@@ -69,11 +69,11 @@ def _count(exists: Array, dtype: Any, classes: Classes) -> Array:
     return jnp.maximum(classes.sum(exists.astype(dtype)), 1)
 
 
-def _existing_weights(z: Array, weights: Array, classes: Classes) -> tuple[Array, Array, Array]:
-    """The weights of the classes that exist, their sum, and the number of those classes, at least 1."""
+def _existing_weights(z: Array, weights: Array, classes: Classes) -> tuple[Array, Array]:
+    """The weights of the classes that exist, and the number of those classes, at least 1."""
     exist = z != -jnp.inf
     at_each = jnp.where(exist, weights.astype(z.dtype), 0)
-    return at_each, classes.sum(at_each), _count(exist, z.dtype, classes)
+    return at_each, _count(exist, z.dtype, classes)
 
 
 @forward_mode
@@ -164,7 +164,7 @@ def logit_cotangent(
             of_each = g_uniform / _count(exists, z.dtype, classes)
             g_lse, weights_bar = g_lse + g_uniform, jnp.zeros_like(weights)
         else:
-            at_each, weight_sum, count = _existing_weights(z, weights, classes)
+            at_each, count = _existing_weights(z, weights, classes)
             g_each = g_uniform / count
     at_label = g_lse * jnp.exp(-nll) - g_nll * _complement(nll)
     if shared:
@@ -183,9 +183,7 @@ def logit_cotangent(
     if weights is not None and _is_even(weights):
         z_bar = z_bar - of_each
     elif weights is not None:
-        # Where one class has all of the weights and nearly all of the probability, p Σw − w cancels there.
-        uniform_bar = g_each * (p * weight_sum - at_each)
-        z_bar = z_bar + (uniform_bar - p * classes.sum(uniform_bar))
+        z_bar = z_bar + without_mean(classes, p, -g_each * at_each)
         log_p = log_probabilities(classes, z, total)
         log_p = jnp.where(log_p == -jnp.inf, 0, log_p)  # constant
         extra = tuple(range(z.ndim - weights.ndim))

@@ -27,7 +27,9 @@ def read(path: Path) -> Old:
         ratios = {_key(c): Ratio(float(c["of_peer"]["ratio"]), float(c["of_peer"]["spread"])) for c in found["cells"]}
         if not all(0 < number < math.inf for r in ratios.values() for number in (r.ratio, r.spread + 1)):
             raise ValueError("a ratio is not positive")
-        return Old(ratios, dict(found["versions"]), dict(found["hardware"]), float(found.get("scale", 1.0)))
+        return Old(
+            ratios, dict(found["versions"]), dict(found["hardware"]), float(found.get("scale", 1.0))
+        )  # once it was always 1
     except OSError as error:
         raise ArgumentError(None, f"cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxact._cli._arguments import make_directory, positive, require
+from jaxact._cli._words import in_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if old:
         rows, notes = compare.changes(old, outcome)
         for texts in (compare.COMPARED, *rows) if rows else ():
-            console.print(_line(texts, CHANGE_WIDTHS), soft_wrap=True)
+            console.print(in_columns(texts, CHANGE_WIDTHS), soft_wrap=True)
         for note in notes:
             console.print(f"{note}.", soft_wrap=True)
         lines = report.table(compare.COMPARED, rows) if rows else []
@@ -145,11 +146,11 @@ def _rows(tasks: list[Task], seconds: float, bar: "Progress", doing: Any, consol
     from jaxact._cli._bench_report import COLUMNS, row
 
     # To a file or a pipe it is as wide as it is.
-    narrow = console.is_terminal and console.width < len(_line(COLUMNS, WIDTHS))
+    narrow = console.is_terminal and console.width < len(in_columns(COLUMNS, WIDTHS))
 
     def line(texts: tuple[str, ...]) -> str:
         shown = NARROW if narrow else range(len(texts))
-        return _line(tuple(texts[i] for i in shown), tuple(WIDTHS[i] for i in shown))
+        return in_columns(tuple(texts[i] for i in shown), tuple(WIDTHS[i] for i in shown))
 
     if narrow:
         left_out = ", ".join(dict.fromkeys(name for i, name in enumerate(COLUMNS) if i not in NARROW))
@@ -164,11 +165,3 @@ def _rows(tasks: list[Task], seconds: float, bar: "Progress", doing: Any, consol
         console.print(line(row(found)), soft_wrap=True)
         bar.advance(doing)
         yield found
-
-
-def _line(texts: tuple[str, ...], widths: tuple[int, ...]) -> str:
-    """Negative widths are of columns that are flush left."""
-    parts = [
-        f"{text:>{width}}" if width > 0 else f"{text:<{-width}}" for text, width in zip(texts, widths, strict=True)
-    ]
-    return "  " + "  ".join(parts).rstrip()

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxact._cli._arguments import make_directory, positive, require, whole, writing
 from jaxact._cli._record import cores, versions, write_json
+from jaxact._cli._words import in_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,11 +91,11 @@ def run(arguments: argparse.Namespace) -> int:
         reports, rows = _live(subjects, console)
     else:
         reports, rows = [], []
-        console.print(_line(COLUMNS), soft_wrap=True)
+        console.print(in_columns(COLUMNS, WIDTHS), soft_wrap=True)
         for found, row in _verified(subjects):
             reports += found
             rows.append(row)
-            console.print(_line(row), soft_wrap=True)
+            console.print(in_columns(row, WIDTHS), soft_wrap=True)
         console.print(f"{LEGEND}.", soft_wrap=True)
     if arguments.exhaustive:
         reports += _exhaustively(subjects, console)
@@ -170,6 +171,7 @@ def _running(failure: str) -> Iterator[None]:
 
 Row = tuple[str, ...]
 COLUMNS = ("function", "dtype", "verdict", "modes", "worst u", "max ulp", "mutants", "s", "oracle")
+WIDTHS = (-max(map(len, NAMES)), -8, -12, -7, 7, 7, 7, 5, -1)  # for a file or a pipe: the last is as long as it likes
 LEGEND = "worst u: the largest error of a product, in u·Σ|J||g|; max ulp: of the values at every input of the dtype"
 
 
@@ -218,12 +220,6 @@ def _row(name: str, dtype: str, rule: "Report", every: "Report | None", seconds:
         f"{seconds:.1f}",
         rule.facts.get("oracle", "–"),
     )
-
-
-def _line(row: Row) -> str:
-    """As wide as it is, for a file or a pipe."""
-    widths = (max(map(len, NAMES)), 8, 12, 7, 7, 7, 7, 5)
-    return "  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths, strict=False)), row[-1]])
 
 
 def _table(rows: list[Row], width: int) -> "Table":
